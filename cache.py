@@ -1,0 +1,190 @@
+"""What Chipmunk remembers between steps, and when it does what.
+
+Attention, for every group g of 128 queries, with S the columns (keys) that the group keeps:
+
+    measure   o, mass = attention(q, k, v);  S = top columns by mass (+ random, + static);  rest = o "minus" o_S
+    sparse    o = rest "plus" o_S            with o_S from fresh q, k, v over the columns S alone
+
+"minus" and "plus" come in two kinds. delta="paper": plain subtraction and addition of softmaxes normalised over S.
+delta="mass": the rest is an attention result of its own, with its own log-sum-exp, and adding it back is the usual
+merge of two partial softmaxes; so mass can move between the fresh and the remembered part.
+
+MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows: find the hidden columns f whose pre-activation at the
+group's mean token moved most, recompute those, and add (new - old) W2[:, f] to the remembered output.
+
+The plan of steps is a pure function (make_plan), and the caller owns the state (ModelState, one per generation and per
+guidance branch). Source: arXiv 2506.03275, sections 3 and 4.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from sparse_kernels import (GROUP, add_columns, attention, attention_with_column_mass, choose_columns,
+                            sparse_mlp_fc1, sparse_mlp_fc2, split_off_columns)
+
+# Steps of 50 that the original skips with step caching on (HunyuanVideo and Wan2.1).
+SKIP_PRESETS = {"none": (), "original": (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35,
+                                         37, 38, 39, 41, 42, 43)}
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How much to recompute, and when."""
+    attn_keys: float = 0.165         # share of columns kept by mass
+    attn_random: float = 0.0         # share kept at random
+    mlp_keys: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
+    mlp_random: float = 0.05
+    measure: int | tuple = 10        # attention measures at step 1 and every so many steps, or at these steps
+    mlp_full: int = 10               # the MLP is recomputed in full every so many steps
+    mlp_reuse: int = 2               # from step 10 on, chosen MLP columns serve this many steps
+    skip: tuple = ()                 # steps that rerun the final layer only
+    delta: str = "mass"              # "mass" | "paper"
+    dense_layers: int = 2            # the first layers are always dense
+
+
+@dataclass(frozen=True)
+class Step:
+    index: int
+    attn: str                        # "dense" | "measure" | "sparse" | "skip"
+    mlp: str                         # "dense" (refills the cache) | "choose" columns, then delta | "reuse" the last | "skip"
+
+    @property
+    def skip(self):
+        return self.attn == "skip"
+
+
+def make_plan(steps, sparsity):
+    """What each of `steps` steps does. Pure: same arguments, same plan. -> list[Step]
+
+    Step 0 is dense: it gives the log-sum-exp that the first measure step needs. Attention stays dense until a measure
+    step has chosen columns. A measure or full step that would be skipped is made up for at the next step.
+    Raises ValueError where step 0 is to be skipped: there is nothing to reuse yet."""
+    if 0 in sparsity.skip:
+        raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
+    every = isinstance(sparsity.measure, int)
+    measure_at = {1, *range(0, steps, sparsity.measure)} if every else set(sparsity.measure)
+    plan, measured, want_measure, want_full, age = [], False, False, False, 0
+    for i in range(steps):
+        want_measure |= i in measure_at and i > 0
+        want_full |= i % sparsity.mlp_full == 0
+        if i in sparsity.skip:
+            plan.append(Step(i, "skip", "skip"))
+            continue
+        attn = "measure" if want_measure else "sparse" if measured else "dense"
+        age = 0 if want_full else age + 1                            # steps since the MLP was last recomputed in full
+        if age == 0 or not sparsity.mlp_keys:
+            mlp = "dense"
+        else:
+            mlp = "reuse" if i > 10 and (age - 1) % sparsity.mlp_reuse else "choose"
+        plan.append(Step(i, attn, mlp))
+        measured, want_measure, want_full = measured or want_measure, False, False
+    return plan
+
+
+def scale_steps(listed, steps):
+    """Step numbers of a preset made for 50 steps, placed alike in a run of `steps`. -> tuple"""
+    return tuple(sorted({round(i * steps / 50) for i in listed} - {0})) if steps != 50 else tuple(listed)
+
+
+@dataclass
+class LayerState:
+    """What one layer remembers. Shapes: N columns, G groups, K capacity of a column list, F hidden width."""
+    sparsity: Sparsity
+    static: torch.Tensor             # (N,) or (G, N) bool: attention columns always kept
+    seed: int
+    lse: torch.Tensor = None         # (B, H, N) of the last dense attention
+    columns: torch.Tensor = None     # (B, H, G, K) int32
+    counts: torch.Tensor = None      # (B, H, G) int32
+    o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
+    lse_rest: torch.Tensor = None    # (B, H, N), delta="mass" only
+    act: torch.Tensor = None         # (B, N, F) gelu(W1 x + b1)
+    out: torch.Tensor = None         # (B, N, C) W2 act + b2
+    pre: torch.Tensor = None         # (B, G, F) pre-activation of each group's mean token
+    mlp_columns: torch.Tensor = None # (B, G, K)
+    mlp_counts: torch.Tensor = None  # (B, G)
+    attn_work: float = 0.0           # attentions computed so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
+    mlp_work: float = 0.0            # MLP rows computed so far, likewise
+
+
+@dataclass
+class ModelState:
+    """One generation's memory (one guidance branch's, where there are two). A new generation makes a new one."""
+    layers: list                     # LayerState, or None for a layer that is always dense
+    hidden: torch.Tensor = None      # (B, N, C) before the final layer, for skipped steps
+
+
+def make_state(layers, sparsity, static, seed):
+    """A fresh ModelState for a model of `layers` blocks."""
+    return ModelState([None if i < sparsity.dense_layers else LayerState(sparsity, static, seed * layers + i)
+                       for i in range(layers)])
+
+
+def chipmunk_attention(q, k, v, state, step):
+    """softmax(q k^T / sqrt(D)) v, with q, k, v (B, H, N, D): dense without state, else as `step` says. -> (B, H, N, D)"""
+    if state is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    sparsity = state.sparsity
+    if step.attn == "dense":
+        o, state.lse = attention(q, k, v)
+        state.attn_work += 1
+    elif step.attn == "measure":
+        o, lse, mass = attention_with_column_mass(q, k, v, state.lse)
+        state.lse = lse
+        state.columns, state.counts = choose_columns(mass, sparsity.attn_keys, sparsity.attn_random, state.static,
+                                                     _seed(state, step))
+        state.o_rest, state.lse_rest = split_off_columns(q, k, v, state.columns, state.counts, o,
+                                                         lse if sparsity.delta == "mass" else None)
+        state.attn_work += 1 + _share(state.counts, k.shape[2])
+    else:
+        o = add_columns(q, k, v, state.columns, state.counts, state.o_rest, state.lse_rest)
+        state.attn_work += _share(state.counts, k.shape[2])
+    return o
+
+
+def chipmunk_mlp(x, w1, b1, w2, b2, state, step):
+    """W2 gelu(W1 x + b1) + b2, with x (B, N, C), w1 (F, C), w2 (C, F): dense without state, else as `step` says.
+    -> (B, N, C), which the next step updates in place: use it before then."""
+    if state is None or not state.sparsity.mlp_keys:
+        return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+    rows = x.shape[1]
+    if step.mlp == "dense":
+        state.act = F.gelu(F.linear(x, w1, b1), approximate="tanh")              # (B, N, F)
+        state.out = F.linear(state.act, w2, b2)                                  # (B, N, C)
+        state.pre = F.linear(group_means(x), w1, b1)                             # (B, G, F)
+        state.mlp_work += rows
+        return state.out
+    if step.mlp == "choose":
+        pre = F.linear(group_means(x), w1, b1)                                   # (B, G, F)
+        moved = (pre - state.pre).abs().float()[:, None]                         # (B, 1, G, F)
+        columns, counts = choose_columns(moved, state.sparsity.mlp_keys, state.sparsity.mlp_random, None, _seed(state, step))
+        state.mlp_columns, state.mlp_counts = columns[:, 0], counts[:, 0]        # (B, G, K), (B, G)
+        state.pre = torch.where(listed(state.mlp_columns, state.mlp_counts, pre.shape[-1]), pre, state.pre)
+    delta = sparse_mlp_fc1(x, w1, b1, state.mlp_columns, state.mlp_counts, state.act)            # (B, N, K)
+    state.out = sparse_mlp_fc2(delta, w2.t(), state.mlp_columns, state.mlp_counts, state.out)    # (B, N, C)
+    state.mlp_work += rows * _share(state.mlp_counts, w1.shape[0])
+    return state.out
+
+
+def group_means(x):
+    """Mean token of every group of 128 rows, the last group ragged. x (B, N, C) -> (B, G, C)"""
+    n = x.shape[1]
+    tail = n % GROUP
+    means = x[:, :n - tail].unflatten(1, (-1, GROUP)).mean(2)        # (B, N // 128, C)
+    return means if tail == 0 else torch.cat([means, x[:, n - tail:].mean(1, keepdim=True)], dim=1)
+
+
+def listed(columns, counts, n):
+    """Column lists (..., K), counts (...) -> bool (..., n): is the column in the list?"""
+    inside = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]          # (..., K)
+    index = torch.where(inside, columns, n).long()                   # padding goes to an extra column, cut off again
+    mask = torch.zeros(*counts.shape, n + 1, dtype=torch.bool, device=columns.device)
+    return mask.scatter_(-1, index, True)[..., :n]
+
+
+def _share(counts, n):
+    return counts.float().mean() / n                                 # stays on the device: nothing waits for it
+
+
+def _seed(state, step):
+    return (state.seed * 1_000_003 + step.index) % 2**31             # another draw for every layer and step

@@ -1,0 +1,646 @@
+"""FLUX.1 with Chipmunk: a text-to-image diffusion transformer from scratch, accelerated without training.
+
+    python flux_chipmunk.py --prompt "a red circle above a blue square on a yellow background"
+    python flux_chipmunk.py --model dev --prompt "a chipmunk reading a map, watercolour"
+
+What happens, top to bottom of this file:
+
+    prompt --T5--> text tokens (B, T, 4096)        FLUX.1's context
+           --CLIP-> one vector (B, 768)            modulates every block, with the time and the guidance
+    noise  --2x2 patches-> image tokens (B, N, 64)
+    `steps` times:  v = Flux(tokens, sigma, text);  tokens += (sigma_next - sigma) v     flow matching, Euler
+    tokens --decoder-> picture
+
+Chipmunk changes two lines of a block. `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, state, step)`
+and `mlp(x)` becomes `chipmunk_mlp(x, ..., state, step)`; both recompute only the columns that change fastest
+and add them to what the last steps left in `state` (cache.py). With `state=None` this is plain FLUX.1.
+
+FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
+"""
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import common
+from cache import Sparsity, chipmunk_attention, chipmunk_mlp, make_plan, make_state
+from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder,
+                           load_clip_tokenizer, load_t5_tokenizer, tokenize)
+from voxel import token_order
+
+# ---------------------------------------------------------------------------------------------------------
+# settings
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    channels: int              # of one image token: 2 x 2 latents of z channels
+    text_dim: int              # of a T5 token
+    pooled_dim: int            # of the CLIP vector
+    dim: int
+    heads: int
+    double_blocks: int
+    single_blocks: int
+    axes: tuple[int, int, int] # head dimension split over RoPE's (text, y, x)
+    guidance: bool             # is the guidance scale an input (dev), or not known to the model (schnell)?
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2            # residual blocks a level (the decoder has one more)
+    z: int = 16
+    groups: int = 32           # of every GroupNorm
+    scale: float = 0.3611      # latents = scale * (encoder's mean - shift)
+    shift: float = 0.1159
+
+
+@dataclass(frozen=True)
+class Config:
+    weights: str               # folder beside this file, or Hub repository
+    files: dict                # part -> its safetensors files there
+    flux: FluxConfig
+    autoencoder: AutoencoderConfig
+    t5: T5Config
+    clip: CLIPConfig
+    text_length: int           # T5 tokens; padded, and the padding is attended to
+    size: int                  # default width and height, pixels
+    steps: int
+    guidance: float
+    shift: bool                # shift the schedule towards noise for larger pictures?
+    sparsity: Sparsity
+    licence: str = ""          # the page to accept before the Hub gives the weights
+
+
+# The original's FLUX.1-dev preset: columns, measure steps and MLP as in the paper's repository.
+FLUX_SPARSITY = Sparsity(attn_keys=0.165, attn_random=0.0, mlp_keys=0.30, mlp_random=0.05, measure=10, delta="mass")
+
+REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
+              "t5": ("text_encoder_2/model-00001-of-00002.safetensors", "text_encoder_2/model-00002-of-00002.safetensors")}
+FLUX_12B = FluxConfig(channels=64, text_dim=4096, pooled_dim=768, dim=3072, heads=24, double_blocks=19,
+                      single_blocks=38, axes=(16, 56, 56), guidance=True)
+CONFIGS = {
+    "tiny": Config(
+        weights="weights/flux-tiny",
+        files={"flux": ("flux1-tiny.safetensors",), "autoencoder": ("ae.safetensors",),
+               "clip": ("text_encoder/model.safetensors",), "t5": ("text_encoder_2/model.safetensors",)},
+        flux=FluxConfig(channels=32, text_dim=96, pooled_dim=64, dim=192, heads=3, double_blocks=2,
+                        single_blocks=6, axes=(8, 28, 28), guidance=True),
+        autoencoder=AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 2), blocks=1, z=8, groups=8, scale=1.0, shift=0.0),
+        t5=T5Config(vocab=512, dim=96, heads=3, head_dim=32, ff=192, layers=2),
+        clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
+        text_length=64, size=512, steps=50, guidance=3.5, shift=True, sparsity=FLUX_SPARSITY),
+    "schnell": Config(
+        weights="black-forest-labs/FLUX.1-schnell", files=REAL_FILES | {"flux": ("flux1-schnell.safetensors",)},
+        flux=replace(FLUX_12B, guidance=False), autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
+        text_length=256, size=1024, steps=4, guidance=0.0, shift=False, sparsity=FLUX_SPARSITY),
+    "dev": Config(
+        weights="black-forest-labs/FLUX.1-dev", files=REAL_FILES | {"flux": ("flux1-dev.safetensors",)},
+        flux=FLUX_12B, autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
+        text_length=512, size=1024, steps=50, guidance=3.5, shift=True, sparsity=FLUX_SPARSITY,
+        licence="https://huggingface.co/black-forest-labs/FLUX.1-dev"),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# the transformer
+
+
+class Layout(NamedTuple):
+    """Where the tokens of one picture stand: made once per generation by `make_layout`."""
+    order: torch.Tensor        # (N,) image tokens, nested patches instead of raster
+    inverse: torch.Tensor      # (N,) back to raster
+    rope: tuple                # cos, sin (T + N, D / 2) float32, text first, image in `order`
+    static: torch.Tensor       # (T + N,) bool: columns that are always recomputed (the text)
+
+
+def make_layout(config, height, width, text_length, device="cpu"):
+    """Token order, RoPE tables and static columns of a `height` x `width` grid of image tokens."""
+    order = token_order((height, width), (8, 8), (4, 4)).to(device)  # (N,)
+    y, x = order // width, order % width
+    ids = torch.stack([torch.zeros_like(y), y, x], dim=-1)           # (N, 3): FLUX keeps 0, row, column
+    ids = F.pad(ids, (0, 0, text_length, 0))                         # (T + N, 3): text stands at 0, 0, 0
+    angles = []
+    for axis, dim in enumerate(config.axes):
+        omega = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)  # (dim / 2,)
+        angles.append(ids[:, axis, None] * omega)                    # (T + N, dim / 2)
+    angles = torch.cat(angles, dim=-1)                               # (T + N, D / 2)
+    static = torch.arange(len(ids), device=device) < text_length
+    return Layout(order, order.argsort(), (angles.cos().float(), angles.sin().float()), static)
+
+
+def apply_rope(x, rope):
+    """Rotate neighbouring pairs of x (B, H, N, D) by the angles of their position."""
+    cos, sin = rope                                                  # (N, D / 2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # (B, H, N, D / 2) each
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def sinusoid(t, dim=256):
+    """Time or guidance t (B,) -> (B, dim). The factor 1000 is applied in t's own precision, as the original does:
+    in bf16 a guidance of 3.5 becomes 3504, and the trained model expects that."""
+    omega = 10000.0 ** -(torch.arange(dim // 2, device=t.device) / (dim // 2))  # (dim / 2,)
+    angles = (1000.0 * t)[:, None].float() * omega                   # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(t.dtype)
+
+
+class Embedder(nn.Module):
+    def __init__(self, inputs, dim):
+        super().__init__()
+        self.in_layer = nn.Linear(inputs, dim)
+        self.out_layer = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.scale
+
+
+class QKNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.query_norm = RMSNorm(dim)
+        self.key_norm = RMSNorm(dim)
+
+
+class Modulation(nn.Module):
+    """vec (B, C) -> n tensors (B, 1, C): shift, scale, gate, ..."""
+
+    def __init__(self, dim, n):
+        super().__init__()
+        self.n = n
+        self.lin = nn.Linear(dim, n * dim)
+
+    def forward(self, vec):
+        return self.lin(F.silu(vec))[:, None].chunk(self.n, dim=-1)
+
+
+def modulate(x, shift, scale):
+    """Layer norm without weights of its own, then this step's shift and scale. x (B, N, C)."""
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+
+
+def split_heads(qkv, heads, norm):
+    """(B, N, 3C) -> q, k, v (B, H, N, D), q and k normalised."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+    return norm.query_norm(q), norm.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = QKNorm(dim // heads)
+        self.proj = nn.Linear(dim, dim)
+
+
+def make_mlp(dim):
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+
+
+class DoubleBlock(nn.Module):
+    """Text and image have weights of their own and meet in one attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.img_mod = Modulation(config.dim, 6)
+        self.img_attn = SelfAttention(config.dim, config.heads)
+        self.img_mlp = make_mlp(config.dim)
+        self.txt_mod = Modulation(config.dim, 6)
+        self.txt_attn = SelfAttention(config.dim, config.heads)
+        self.txt_mlp = make_mlp(config.dim)
+
+    def forward(self, txt, img, vec, rope, state, step):
+        """txt (B, T, C), img (B, N, C), vec (B, C) -> txt, img."""
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+
+        txt_qkv = self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1))       # (B, T, 3C)
+        img_qkv = self.img_attn.qkv(modulate(img, img_shift1, img_scale1))       # (B, N, 3C)
+        txt_heads = split_heads(txt_qkv, self.heads, self.txt_attn.norm)
+        img_heads = split_heads(img_qkv, self.heads, self.img_attn.norm)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads)) # (B, H, T + N, D) each
+        o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, state, step)
+        o = o.transpose(1, 2).flatten(2)                                         # (B, T + N, C)
+        txt_o, img_o = o.split([txt.shape[1], img.shape[1]], dim=1)
+
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_o)
+        img = img + img_gate1 * self.img_attn.proj(img_o)
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        fc1, _, fc2 = self.img_mlp
+        x = modulate(img, img_shift2, img_scale2)
+        img = img + img_gate2 * chipmunk_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, state, step)
+        return txt, img
+
+
+class SingleBlock(nn.Module):
+    """Text and image in one sequence; attention and MLP side by side, their linears fused:
+    linear1 is q, k, v and fc1 on top of each other, linear2 the output projection and fc2 next to each other."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads, self.dim = config.heads, config.dim
+        self.linear1 = nn.Linear(config.dim, 7 * config.dim)
+        self.linear2 = nn.Linear(5 * config.dim, config.dim)
+        self.norm = QKNorm(config.dim // config.heads)
+        self.modulation = Modulation(config.dim, 3)
+
+    def forward(self, x, vec, rope, state, step):
+        """x (B, T + N, C), vec (B, C) -> x."""
+        shift, scale, gate = self.modulation(vec)
+        h = modulate(x, shift, scale)
+        w1, b1, w2, b2 = self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
+        if state is None:                                            # fused, as published
+            qkv, mlp = self.linear1(h).split([3 * self.dim, 4 * self.dim], dim=-1)
+        else:                                                        # apart, for the delta; b2 is added once, below
+            qkv = F.linear(h, w1[:3 * self.dim], b1[:3 * self.dim])  # (B, T + N, 3C)
+        q, k, v = split_heads(qkv, self.heads, self.norm)
+        o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, state, step)
+        o = o.transpose(1, 2).flatten(2)                             # (B, T + N, C)
+        if state is None:
+            return x + gate * self.linear2(torch.cat([o, F.gelu(mlp, approximate="tanh")], dim=-1))
+        mlp = chipmunk_mlp(h, w1[3 * self.dim:], b1[3 * self.dim:], w2[:, self.dim:], None, state, step)
+        return x + gate * (F.linear(o, w2[:, :self.dim], b2) + mlp)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
+
+    def forward(self, x, vec):
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)      # (B, 1, C) each
+        return self.linear(modulate(x, shift, scale))
+
+
+class Flux(nn.Module):
+    """The rectified-flow transformer. Parameter names are those of flux1-dev.safetensors."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.img_in = nn.Linear(config.channels, config.dim)
+        self.txt_in = nn.Linear(config.text_dim, config.dim)
+        self.time_in = Embedder(256, config.dim)
+        self.vector_in = Embedder(config.pooled_dim, config.dim)
+        if config.guidance:
+            self.guidance_in = Embedder(256, config.dim)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
+        self.final_layer = FinalLayer(config)
+
+    def forward(self, x, t, text, pooled, guidance, layout, state=None, step=None):
+        """The velocity at x: noise - image.
+
+        x (B, N, channels) image tokens in raster order; t, guidance (B,) in x's dtype, t = 1 is pure noise;
+        text (B, T, text_dim) from T5; pooled (B, pooled_dim) from CLIP; layout from make_layout.
+        state: a ModelState to run Chipmunk with, and step, what to do now (None: plain dense). -> (B, N, channels)
+        """
+        vec = self.time_in(sinusoid(t)) + self.vector_in(pooled)     # (B, C)
+        if self.config.guidance:
+            vec = vec + self.guidance_in(sinusoid(guidance))
+        if step is None or not step.skip:
+            hidden = self.blocks(x, text, vec, layout, state, step)  # (B, N, C)
+            if state is not None:
+                state.hidden = hidden
+        else:                                                        # step caching: only the final layer sees the new time
+            hidden = state.hidden
+        return self.final_layer(hidden, vec)[:, layout.inverse]
+
+    def blocks(self, x, text, vec, layout, state, step):
+        layers = state.layers if state else [None] * (len(self.double_blocks) + len(self.single_blocks))
+        img = self.img_in(x)[:, layout.order]                        # (B, N, C)
+        txt = self.txt_in(text)                                      # (B, T, C)
+        for block, layer in zip(self.double_blocks, layers):
+            txt, img = block(txt, img, vec, layout.rope, layer, step)
+        x = torch.cat([txt, img], dim=1)                             # (B, T + N, C)
+        for block, layer in zip(self.single_blocks, layers[len(self.double_blocks):]):
+            x = block(x, vec, layout.rope, layer, step)
+        return x[:, txt.shape[1]:]
+
+    def lay_out_for_deltas(self):
+        """Store fc2's weights column after column, so that gathering some of its columns reads whole rows of memory.
+        Shapes, names and values stay; dense products take either layout."""
+        for block in self.double_blocks:
+            block.img_mlp[2].weight.data = block.img_mlp[2].weight.data.t().contiguous().t()
+        for block in self.single_blocks:
+            block.linear2.weight.data = block.linear2.weight.data.t().contiguous().t()
+
+# ---------------------------------------------------------------------------------------------------------
+# the autoencoder: names are those of ae.safetensors
+
+
+def conv(inputs, outputs, size=3):
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, inputs, outputs, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-6)
+        self.conv1 = conv(inputs, outputs)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-6)
+        self.conv2 = conv(outputs, outputs)
+        if inputs != outputs:
+            self.nin_shortcut = conv(inputs, outputs, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q = conv(channels, channels, 1)
+        self.k = conv(channels, channels, 1)
+        self.v = conv(channels, channels, 1)
+        self.proj_out = conv(channels, channels, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, hw, C)
+        o = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                       # (B, C, hw)
+        return x + self.proj_out(o.unflatten(2, x.shape[2:]))
+
+
+class Resample(nn.Module):
+    """Half or double the height and width of x (B, C, h, w)."""
+
+    def __init__(self, channels, up):
+        super().__init__()
+        self.up = up
+        self.conv = conv(channels, channels) if up else nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        if self.up:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                                  # (B, C, h / 2, w / 2)
+
+
+def middle(channels, groups):
+    return nn.ModuleDict({"block_1": ResnetBlock(channels, channels, groups),
+                          "attn_1": AttentionBlock(channels, groups),
+                          "block_2": ResnetBlock(channels, channels, groups)})
+
+
+def level(inputs, outputs, blocks, groups):
+    """One resolution of the pyramid: its residual blocks; a Resample joins them where the size changes."""
+    return nn.ModuleDict({"block": nn.ModuleList(
+        ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))})
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        self.conv_in = conv(3, widths[0])
+        self.down = nn.ModuleList(level(a, b, config.blocks, config.groups) for a, b in zip(widths[:1] + widths, widths))
+        for stage, width in zip(self.down[:-1], widths):
+            stage["downsample"] = Resample(width, up=False)
+        self.mid = middle(widths[-1], config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = conv(widths[-1], 2 * config.z)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for stage in self.down:
+            for block in stage["block"]:
+                x = block(x)
+            if "downsample" in stage:
+                x = stage["downsample"](x)
+        for block in self.mid.values():
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        self.conv_in = conv(config.z, widths[-1])
+        self.mid = middle(widths[-1], config.groups)
+        self.up = nn.ModuleList(level(b, a, config.blocks + 1, config.groups) for a, b in zip(widths, widths[1:] + widths[-1:]))
+        for stage, width in zip(self.up[1:], widths[1:]):
+            stage["upsample"] = Resample(width, up=True)
+        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
+        self.conv_out = conv(widths[0], 3)
+
+    def forward(self, z):
+        x = self.conv_in(z)
+        for block in self.mid.values():
+            x = block(x)
+        for stage in reversed(self.up):                              # numbered from the finest level, run from the coarsest
+            for block in stage["block"]:
+                x = block(x)
+            if "upsample" in stage:
+                x = stage["upsample"](x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, pictures, generator=None):
+        """pictures (B, 3, 8h, 8w) in -1..1 -> latents (B, z, h, w): the mean, or a sample when given a generator."""
+        mean, logvar = self.encoder(pictures).chunk(2, dim=1)        # (B, z, h, w) each
+        if generator is not None:
+            mean = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self.config.scale * (mean - self.config.shift)
+
+    def decode(self, latents):
+        """latents (B, z, h, w) -> pictures (B, 3, 8h, 8w), roughly in -1..1."""
+        return self.decoder(latents / self.config.scale + self.config.shift)
+
+# ---------------------------------------------------------------------------------------------------------
+# the sampler
+
+
+def patchify(latents):
+    """(B, z, 2h, 2w) -> (B, h w, 4 z), raster order."""
+    b, z, h, w = latents.shape
+    x = latents.reshape(b, z, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)    # (B, h, w, z, 2, 2)
+    return x.reshape(b, h * w // 4, 4 * z)
+
+
+def unpatchify(x, height, width):
+    """(B, height width, 4 z) -> (B, z, 2 height, 2 width)."""
+    x = x.unflatten(1, (height, width)).unflatten(3, (-1, 2, 2))                 # (B, h, w, z, 2, 2)
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)                  # (B, z, 2h, 2w)
+
+
+def make_sigmas(steps, tokens, shift):
+    """Noise levels from 1 (pure noise) to 0, `steps` + 1 of them. dev spends more of them near 1 the larger the
+    picture is: mu grows linearly from 0.5 at 256 tokens to 1.15 at 4,096. schnell does not shift."""
+    sigmas = torch.linspace(1, 0, steps + 1)
+    if not shift:
+        return sigmas
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))          # sigma = 0 gives 1 / inf = 0
+
+
+def make_noise(z, height, width, seed):
+    """(1, z, 2 height, 2 width) for a grid of height x width tokens; drawn on the CPU in bf16 as the original does, so a
+    seed is the same picture on any device and in any precision."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(1, z, 2 * height, 2 * width, generator=generator, dtype=torch.bfloat16)
+
+
+def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None, progress=iter):
+    """Euler steps from noise x (B, N, channels) to image tokens. Dense without plan and state."""
+    guidance = x.new_full((x.shape[0],), guidance)                   # (B,)
+    steps = plan or [None] * (len(sigmas) - 1)
+    for step, sigma, sigma_next in zip(progress(steps), sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        t = x.new_full((x.shape[0],), sigma)                         # (B,)
+        x = x + (sigma_next - sigma) * model(x, t, text, pooled, guidance, layout, state, step)
+    return x
+
+# ---------------------------------------------------------------------------------------------------------
+# prompt in, picture out
+
+
+def encode_prompts(prompts, config, folder, device, dtype):
+    """prompts -> T5 states (B, T, text_dim) and CLIP vectors (B, pooled_dim). The encoders are loaded, used and freed."""
+    text_file, *clip_files = common.weight_files(folder, ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"],
+                                                 config.licence)
+    t5_tokenizer, clip_tokenizer = load_t5_tokenizer(text_file), load_clip_tokenizer(clip_files[0].parent)
+    t5_ids, _, t5_cut = tokenize(t5_tokenizer, prompts, config.text_length, 0)                   # (B, T)
+    clip_ids, _, clip_cut = tokenize(clip_tokenizer, prompts, config.clip.length, clip_tokenizer.token_to_id("<|endoftext|>"))
+    for name, cut in ("T5", t5_cut), ("CLIP", clip_cut):
+        if max(cut):
+            common.note(f"the prompt is too long for {name}: its last {max(cut)} tokens were cut")
+    t5 = load_part("t5", config, folder, device, dtype)
+    text = t5(t5_ids.to(device))                                                                 # (B, T, text_dim)
+    del t5
+    pooled = load_part("clip", config, folder, device, dtype)(clip_ids.to(device))[1]            # (B, pooled_dim)
+    return text, pooled
+
+
+def load_part(part, config, folder, device, dtype, caches=0):
+    """One of the four networks, with its weights."""
+    make = {"flux": lambda: Flux(config.flux), "autoencoder": lambda: Autoencoder(config.autoencoder),
+            "t5": lambda: T5Encoder(config.t5), "clip": lambda: CLIPTextEncoder(config.clip)}[part]
+    files = common.weight_files(folder, config.files[part], config.licence)
+    common.check_memory(files, dtype, device, caches)
+    return common.load_weights(make, files, device, dtype)
+
+
+def cache_bytes(config, tokens, dtype):
+    """What Chipmunk remembers for `tokens` text and image tokens: per layer the attention's rest and the MLP's activations
+    and output."""
+    layers = config.double_blocks + config.single_blocks
+    return layers * tokens * (config.dim + 4 * config.dim + config.dim) * dtype.itemsize
+
+
+def work_done(config, tokens, image, plan, state):
+    """Shares of attention and MLP columns that a generation recomputed, and of floating-point operations it saved.
+    tokens: text and image together; image: those that a double block's MLP delta covers."""
+    layers = list(zip([image] * config.double_blocks + [tokens] * config.single_blocks, state.layers))   # (MLP rows, state)
+    run = sum(not step.skip for step in plan)
+    attn = sum(run if layer is None else float(layer.attn_work) for _, layer in layers)
+    mlp = sum(rows * run if layer is None else float(layer.mlp_work) for rows, layer in layers)
+    all_attn, all_mlp = len(plan) * len(layers), len(plan) * sum(rows for rows, _ in layers)
+    attn_flops, mlp_flops = 4 * tokens**2 * config.dim, 16 * config.dim**2                               # one attention; one MLP row
+    rest = sum(8 * config.dim**2 * tokens + mlp_flops * (tokens - rows) for rows, _ in layers)           # projections, text's own MLPs
+    dense = attn_flops * all_attn + mlp_flops * all_mlp + rest * len(plan)
+    return attn / all_attn, mlp / all_mlp, 1 - (attn_flops * attn + mlp_flops * mlp + rest * run) / dense
+
+
+@torch.no_grad()
+def main():
+    parser = common.make_parser(__doc__, CONFIGS)
+    parser.add_argument("--mlp-keys", type=common.number(float, 0, 1), metavar="SHARE",
+                        help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
+    args = parser.parse_args()
+    config = CONFIGS[args.model]
+    steps = args.steps or config.steps
+    sparsity = common.chosen_sparsity(args, config.sparsity, steps)
+    plan = make_plan(steps, sparsity)
+    if args.show_plan:
+        return common.show_plan(plan)
+
+    # everything that can be wrong is found before the first weight is loaded
+    if not (args.prompt or "").strip():
+        raise common.Fail('no prompt; say what to draw: --prompt "a red circle on a blue background"')
+    if args.dense and args.compare:
+        raise common.Fail("--dense and --compare exclude each other; --compare draws both")
+    height = common.round_size("height", args.height or config.size)
+    width = common.round_size("width", args.width or config.size)
+    guidance = config.guidance if args.guidance is None else args.guidance
+    if args.guidance is not None and not config.flux.guidance:
+        common.note(f"{args.model} takes no guidance; --guidance has no effect")
+    device = common.pick_device(args.device)
+    dtype = common.DTYPES[args.dtype or ("float32" if args.model == "tiny" and device.type == "cpu" else "bfloat16")]
+    folder = args.weights or (Path(__file__).parent / config.weights if args.model == "tiny" else config.weights)
+    out = common.check_out(args.out, "flux", (".png",))
+
+    start = time.perf_counter()
+    text, pooled = encode_prompts([args.prompt], config, folder, device, dtype)
+    h, w = height // 16, width // 16                                 # in tokens
+    layout = make_layout(config.flux, h, w, config.text_length, device)
+    caches = 0 if args.dense else cache_bytes(config.flux, config.text_length + h * w, dtype)
+    flux = load_part("flux", config, folder, device, dtype, caches)
+    if not args.dense:
+        flux.lay_out_for_deltas()
+    noise = patchify(make_noise(config.autoencoder.z, h, w, args.seed).to(device, dtype))                # (1, N, 4 z)
+    sigmas = make_sigmas(steps, h * w, config.shift)
+
+    def denoise(plan, title):
+        """-> tokens (1, N, 4 z), state, seconds"""
+        state = make_state(len(flux.double_blocks) + len(flux.single_blocks), sparsity, layout.static, args.seed) if plan else None
+        began = time.perf_counter()
+        x = sample(flux, noise, text, pooled, guidance, sigmas, layout, plan, state, lambda steps: tqdm(steps, title, leave=False))
+        x.sum().item()                                               # wait for the device
+        return x, state, time.perf_counter() - began
+    if args.compare and device.type == "cuda":
+        denoise(plan[:3], "warming up")                              # compiles the kernels, so that both times are fair
+    x, state, seconds = denoise(None if args.dense else plan, "denoising")
+    results = [x]
+    if args.compare:
+        dense, _, dense_seconds = denoise(None, "dense")
+        results = [dense, x]
+    del flux
+    autoencoder = load_part("autoencoder", config, folder, device, torch.float32)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):             # as the original
+        pictures = [autoencoder.decode(unpatchify(x.float(), h, w)).float().clamp(-1, 1) for x in results]  # (1, 3, height, width)
+
+    settings = {"model": args.model, "width": width, "height": height, "steps": steps, "guidance": guidance, "seed": args.seed,
+                "dtype": str(dtype).removeprefix("torch."), "dense": args.dense, "compare": args.compare}
+    if args.weights:
+        settings["weights"] = str(args.weights)
+    if not args.dense:
+        settings |= common.sparsity_settings(sparsity)
+    common.write_png(out, torch.cat(pictures, dim=3)[0], common.describe(args.prompt, settings))
+    print(f"{out}: {width}x{height}, {steps} steps, seed {args.seed}, {time.perf_counter() - start:.1f} s")
+    if not args.dense:
+        attn, mlp, saved = work_done(config.flux, len(layout.static), h * w, plan, state)
+        print(f"recomputed {attn:.1%} of attention columns and {mlp:.1%} of MLP columns; saved {saved:.1%} of the operations")
+    if args.compare:
+        a, b = pictures
+        print(f"left dense {dense_seconds:.2f} s, right Chipmunk {seconds:.2f} s ({dense_seconds / seconds:.2f}x); "
+              f"PSNR {common.psnr(a, b):.2f} dB, SSIM {common.ssim(a, b):.4f}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from sparse_kernels import (GROUP, add_columns, attention, attention_with_column_mass, choose_columns,
                             sparse_mlp_fc1, sparse_mlp_fc2, split_off_columns)
 
-# Steps of 50 that the original skips with step caching on (HunyuanVideo and Wan2.1).
-SKIP_PRESETS = {"none": (), "original": (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35,
-                                         37, 38, 39, 41, 42, 43)}
+# Steps of 50 to skip. "video" is the original's list for HunyuanVideo and Wan2.1; "flux" is ours.
+SKIP_PRESETS = {"none": (), "flux": (12, 14, 16, 18, 22, 24, 26, 28, 32, 34, 36, 38, 42, 44, 46),
+                "video": (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35,
+                          37, 38, 39, 41, 42, 43)}
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Sparsity:
     attn_random: float = 0.0         # share kept at random
     mlp_keys: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
     mlp_random: float = 0.05
-    measure: int | tuple = 10        # attention measures at step 1 and every so many steps, or at these steps
-    mlp_full: int = 10               # the MLP is recomputed in full every so many steps
+    measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
     mlp_reuse: int = 2               # from step 10 on, chosen MLP columns serve this many steps
     skip: tuple = ()                 # steps that rerun the final layer only
     delta: str = "mass"              # "mass" | "paper"
@@ -47,7 +47,7 @@ class Sparsity:
 class Step:
     index: int
     attn: str                        # "dense" | "measure" | "sparse" | "skip"
-    mlp: str                         # "dense" (refills the cache) | "choose" columns, then delta | "reuse" the last | "skip"
+    mlp: str                         # "dense" (refills the cache) | "choose" columns, then delta | "reuse" them | "skip"
 
     @property
     def skip(self):
@@ -57,34 +57,27 @@ class Step:
 def make_plan(steps, sparsity):
     """What each of `steps` steps does. Pure: same arguments, same plan. -> list[Step]
 
-    Step 0 is dense: it gives the log-sum-exp that the first measure step needs. Attention stays dense until a measure
-    step has chosen columns. A measure or full step that would be skipped is made up for at the next step.
-    Raises ValueError where step 0 is to be skipped: there is nothing to reuse yet."""
+    Attention is dense until the first measure step (which needs the log-sum-exp of a dense step before it), and the MLP
+    is recomputed in full whenever attention is. A measure step that would be skipped is made up for at the next step;
+    one that no sparse step follows is merely dense. Raises ValueError where step 0 is to be skipped."""
     if 0 in sparsity.skip:
         raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
-    every = isinstance(sparsity.measure, int)
-    measure_at = {1, *range(0, steps, sparsity.measure)} if every else set(sparsity.measure)
-    plan, measured, want_measure, want_full, age = [], False, False, False, 0
-    for i in range(steps):
-        want_measure |= i in measure_at and i > 0
-        want_full |= i % sparsity.mlp_full == 0
-        if i in sparsity.skip:
-            plan.append(Step(i, "skip", "skip"))
-            continue
-        attn = "measure" if want_measure else "sparse" if measured else "dense"
-        age = 0 if want_full else age + 1                            # steps since the MLP was last recomputed in full
-        if age == 0 or not sparsity.mlp_keys:
-            mlp = "dense"
-        else:
-            mlp = "reuse" if i > 10 and (age - 1) % sparsity.mlp_reuse else "choose"
-        plan.append(Step(i, attn, mlp))
-        measured, want_measure, want_full = measured or want_measure, False, False
-    return plan
+    measure = {1, *range(0, steps, sparsity.measure)} if isinstance(sparsity.measure, int) else set(sparsity.measure)
+    computed = [i for i in range(steps) if i not in sparsity.skip]
+    full = {next((i for i in computed if i >= m), 0) for m in measure} - {0}
+    sparse = {i for i in computed if i not in full and i > min(full, default=steps)}
+    plan, age = {i: Step(i, "skip", "skip") for i in range(steps)}, 0
+    for i, following in zip(computed, computed[1:] + [None]):
+        attn = "sparse" if i in sparse else "measure" if following in sparse else "dense"
+        age = age + 1 if attn == "sparse" else 0                     # sparse steps since the last full one
+        mlp = "dense" if age == 0 or not sparsity.mlp_keys else "reuse" if i > 10 and (age - 1) % sparsity.mlp_reuse else "choose"
+        plan[i] = Step(i, attn, mlp)
+    return list(plan.values())
 
 
-def scale_steps(listed, steps):
-    """Step numbers of a preset made for 50 steps, placed alike in a run of `steps`. -> tuple"""
-    return tuple(sorted({round(i * steps / 50) for i in listed} - {0})) if steps != 50 else tuple(listed)
+def scale_steps(listed, steps, made_for=50):
+    """Step numbers that were placed for `made_for` steps, placed alike in a run of `steps`. -> tuple"""
+    return tuple(sorted({round(i * steps / made_for) for i in listed} - {0}))
 
 
 @dataclass
@@ -92,6 +85,7 @@ class LayerState:
     """What one layer remembers. Shapes: N columns, G groups, K capacity of a column list, F hidden width."""
     sparsity: Sparsity
     static: torch.Tensor             # (N,) or (G, N) bool: attention columns always kept
+    static_most: int                 # of them, the most in any group
     seed: int
     lse: torch.Tensor = None         # (B, H, N) of the last dense attention
     columns: torch.Tensor = None     # (B, H, G, K) int32
@@ -116,7 +110,8 @@ class ModelState:
 
 def make_state(layers, sparsity, static, seed):
     """A fresh ModelState for a model of `layers` blocks."""
-    return ModelState([None if i < sparsity.dense_layers else LayerState(sparsity, static, seed * layers + i)
+    most = int(static.sum(-1).max())
+    return ModelState([None if i < sparsity.dense_layers else LayerState(sparsity, static, most, seed * layers + i)
                        for i in range(layers)])
 
 
@@ -132,7 +127,7 @@ def chipmunk_attention(q, k, v, state, step):
         o, lse, mass = attention_with_column_mass(q, k, v, state.lse)
         state.lse = lse
         state.columns, state.counts = choose_columns(mass, sparsity.attn_keys, sparsity.attn_random, state.static,
-                                                     _seed(state, step))
+                                                     _seed(state, step), state.static_most)
         state.o_rest, state.lse_rest = split_off_columns(q, k, v, state.columns, state.counts, o,
                                                          lse if sparsity.delta == "mass" else None)
         state.attn_work += 1 + _share(state.counts, k.shape[2])

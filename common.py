@@ -45,6 +45,9 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:                                          # `... | head` closed our stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full; --dense needs no caches, a smaller --width and --height need less of everything")
 
@@ -122,8 +125,10 @@ def make_parser(doc, configs):
     return parser
 
 
-def chosen_sparsity(args, sparsity, steps):
-    """The preset with what the command line says instead. Raises Fail where step 0 is to be skipped."""
+def chosen_sparsity(args, sparsity, steps, made_for):
+    """The preset, its step lists moved from `made_for` steps to `steps`, with what the command line says instead.
+    Raises Fail where step 0 is to be skipped."""
+    sparsity = place_steps(sparsity, steps, made_for)
     said = {"delta": args.delta, "attn_keys": args.attn_keys, "mlp_keys": getattr(args, "mlp_keys", None), "measure": args.measure_steps}
     skip = sparsity.skip if args.skip_steps is None else args.skip_steps
     if isinstance(skip, str):
@@ -131,6 +136,12 @@ def chosen_sparsity(args, sparsity, steps):
     if 0 in skip:
         raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
     return replace(sparsity, skip=skip, **{name: value for name, value in said.items() if value is not None})
+
+
+def place_steps(sparsity, steps, made_for):
+    """A preset made for `made_for` steps, its listed steps placed alike in a run of `steps`."""
+    measure = sparsity.measure if isinstance(sparsity.measure, int) else scale_steps(sparsity.measure, steps, made_for)
+    return replace(sparsity, measure=measure, skip=scale_steps(sparsity.skip, steps, made_for))
 
 
 def show_plan(plan):
@@ -186,6 +197,14 @@ def weight_files(weights, names, licence):
         raise Fail(f"downloading {weights} failed ({str(error).splitlines()[0]}); run again to go on, or give a folder with --weights") from None
 
 
+def load_tokenizer(load, path):
+    """load(path), or Fail where the file is damaged."""
+    try:
+        return load(path)
+    except Exception as error:                                       # the tokenizers library raises nothing narrower
+        raise Fail(f"{path} is no tokenizer that can be read ({str(error).splitlines()[0]}); fetch it again") from None
+
+
 def read_headers(files):
     """{tensor name: (file, shape)} over safetensors files. Raises Fail where one is damaged or of another format."""
     found = {}
@@ -230,8 +249,8 @@ def check_memory(files, dtype, device, caches=0):
     free = free_memory(device)
     if free is not None and weights + caches > free:
         less = "--dense (no caches)" if weights < free else "--dtype bfloat16" if dtype == torch.float32 else "--model tiny or a larger machine"
-        raise Fail(f"{device} has {free / 1e9:.1f} GB free, but this needs {(weights + caches) / 1e9:.1f} GB "
-                   f"({weights / 1e9:.1f} of weights, {caches / 1e9:.1f} of caches); {less} helps")
+        raise Fail(f"{device} has {free / 1e9:.2f} GB free, but this needs {(weights + caches) / 1e9:.2f} GB "
+                   f"({weights / 1e9:.2f} of weights, {caches / 1e9:.2f} of caches); {less} helps")
 
 
 def free_memory(device):

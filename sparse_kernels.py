@@ -47,21 +47,30 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """p = softmax(q k^T / sqrt(D) + bias), o = p v, and lse -> o, lse, p; rows of -inf give 0, -inf, 0."""
+    s = q.to(_wide(q)) / math.sqrt(q.shape[-1]) @ k.to(_wide(q)).mT                # (..., rows, columns)
+    if bias is not None:
+        s += bias
+    top = s.amax(-1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)            # (..., rows, 1)
+    p = s.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)                                                # (..., rows, 1): 0, or at least 1
+    p /= total.clamp_min(1)
+    return p @ v.to(p.dtype), (top + total.log())[..., 0], p                       # (..., rows, D), (..., rows)
+
+
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    s = q.to(_wide(q)) @ k.to(_wide(q)).mT / math.sqrt(q.shape[-1])                # (B, H, Nq, Nk)
-    lse = s.logsumexp(-1)                                                          # (B, H, Nq)
-    o = (s - lse[..., None]).exp() @ v.to(s.dtype)                                 # (B, H, Nq, D)
+    o, lse, _ = _softmax(q, k, v)                                                  # (B, H, Nq, D), (B, H, Nq)
     return o.to(q.dtype), lse
 
 
 def attention_with_column_mass_ref(q: Tensor, k: Tensor, v: Tensor, lse_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    o, lse, mass = [], [], []
-    for q_g, lse_g in zip(q.split(GROUP, 2), lse_prev.split(GROUP, 2)):            # (B, H, GROUP, D)
-        s = q_g.to(_wide(q)) @ k.to(_wide(q)).mT / math.sqrt(q.shape[-1])          # (B, H, GROUP, Nk)
-        lse.append(s.logsumexp(-1))                                                # (B, H, GROUP)
-        o.append((s - lse[-1][..., None]).exp() @ v.to(s.dtype))                   # (B, H, GROUP, D)
-        mass.append((s - lse_g[..., None]).exp().sum(2))                           # (B, H, Nk)
-    return torch.cat(o, 2).to(q.dtype), torch.cat(lse, 2), torch.stack(mass, 2)
+    groups = []
+    for q_g, prev in zip(q.split(GROUP, 2), lse_prev.split(GROUP, 2)):             # (B, H, GROUP, D), (B, H, GROUP)
+        o, lse, p = _softmax(q_g, k, v)
+        groups.append((o, lse, (lse - prev).clamp(max=87).exp()[..., None, :] @ p))     # (B, H, 1, Nk); exp(87) is finite
+    o, lse, mass = (torch.cat(parts, 2) for parts in zip(*groups))
+    return o.to(q.dtype), lse, mass
 
 
 def _list_sizes(n: int, keep: float, random: float, static_most: int) -> tuple[int, int, int]:
@@ -110,32 +119,26 @@ def choose_columns_ref(mass: Tensor, keep: float, random: float, static: Tensor 
 def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor,
                                 o: Tensor | None = None, lse: Tensor | None = None,
                                 epilogue: str = "none") -> tuple[Tensor, Tensor | None]:
-    (B, H, Nq, D), Nk, wide = q.shape, k.shape[2], _wide(q)
+    (B, H, Nq, D), Nk = q.shape, k.shape[2]
     columns = columns[..., :max(1, int(counts.max()))]                             # (B, H, G, K)
     listed = torch.arange(columns.shape[-1], device=q.device) < counts[..., None]  # (B, H, G, K)
     head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
-    index = torch.where(listed, columns, 0) + head * Nk                            # (B, H, G, K)
-    k_S = k.reshape(-1, D).index_select(0, index.flatten()).view(*index.shape, D)  # (B, H, G, K, D)
-    v_S = v.reshape(-1, D).index_select(0, index.flatten()).view(*index.shape, D)  # (B, H, G, K, D)
-    v_S.masked_fill_(~listed[..., None], 0)
+    index = torch.where(listed, columns, Nk) + head * (Nk + 1)                     # Nk: a row of zeros for padding
+    k_S, v_S = (F.pad(x, (0, 0, 0, 1)).reshape(-1, D).index_select(0, index.flatten()).view(*index.shape, D)
+                for x in (k, v))                                                   # (B, H, G, K, D)
 
     q_g = F.pad(q, (0, 0, 0, -Nq % GROUP)).unflatten(2, (-1, GROUP))               # (B, H, G, GROUP, D)
-    s = q_g.to(wide) @ k_S.to(wide).mT / math.sqrt(D)                              # (B, H, G, GROUP, K)
-    s = s.masked_fill(~listed[..., None, :], -torch.inf)
-    lse_S = s.logsumexp(-1)                                                        # (B, H, G, GROUP)
-    p = (s - lse_S.clamp_min(torch.finfo(wide).min)[..., None]).exp()              # 0 in an empty list
-    o_S = (p @ v_S.to(wide)).flatten(2, 3)[:, :, :Nq]                              # (B, H, Nq, D)
-    lse_S = lse_S.flatten(2)[:, :, :Nq]                                            # (B, H, Nq)
+    bias = torch.where(listed, 0.0, -torch.inf)[..., None, :]                      # (B, H, G, 1, K)
+    o_S, lse_S, _ = _softmax(q_g, k_S, v_S, bias)                                  # (B, H, G, GROUP, D)
+    o_S, lse_S = (x.flatten(2, 3)[:, :, :Nq] for x in (o_S, lse_S))                # (B, H, Nq, D), (B, H, Nq)
 
-    if epilogue == "split" and lse is None:
-        o_S, lse_S = o - o_S, None
+    if lse is None and epilogue != "none":
+        o_S, lse_S = o - o_S if epilogue == "split" else o + o_S, None
     elif epilogue == "split":
         share = torch.exp(lse_S - lse)[..., None]                                  # (B, H, Nq, 1)
         left = torch.where(1 - share > TINY_REST, 1 - share, 0)
         o_S = torch.where(left > 0, (o - share * o_S) / left, 0)
         lse_S = lse + left[..., 0].log()
-    elif epilogue == "add" and lse is None:
-        o_S, lse_S = o + o_S, None
     elif epilogue == "add":
         share = torch.where(lse_S == -torch.inf, 0, torch.sigmoid(lse_S - lse))[..., None]
         o_S, lse_S = o + share * (o_S - o), None
@@ -152,17 +155,17 @@ def _each_group(columns: Tensor, counts: Tensor):
 def sparse_mlp_fc1_ref(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor, counts: Tensor, act: Tensor) -> Tensor:
     delta = x.new_zeros(*x.shape[:2], columns.shape[-1])                           # (B, M, K)
     for b, rows, listed in _each_group(columns, counts):
-        a = x[b, rows].to(_wide(x)) @ w1[listed].to(_wide(x)).T                    # (GROUP, count)
-        new = F.gelu(a if b1 is None else a + b1[listed], approximate="tanh").to(act.dtype)
-        delta[b, rows, :len(listed)] = new.to(_wide(x)) - act[b, rows, listed]
-        act[b, rows, listed] = new
+        a = F.linear(x[b, rows].to(_wide(x)), w1.index_select(0, listed).to(_wide(x)))     # (GROUP, count)
+        new = F.gelu(a if b1 is None else a.add_(b1[listed]), approximate="tanh").to(act.dtype)
+        delta[b, rows, :len(listed)] = new.to(_wide(x)) - act[b, rows].index_select(1, listed)
+        act[b, rows].index_copy_(1, listed, new)
     return delta
 
 
 def sparse_mlp_fc2_ref(delta: Tensor, w2t: Tensor, columns: Tensor, counts: Tensor, out: Tensor) -> Tensor:
     for b, rows, listed in _each_group(columns, counts):
         packed = delta[b, rows, :len(listed)]                                      # (GROUP, count)
-        out[b, rows] += packed.to(_wide(delta)) @ w2t[listed].to(_wide(delta))     # (GROUP, C)
+        out[b, rows] += packed.to(_wide(delta)) @ w2t.index_select(0, listed).to(_wide(delta))   # (GROUP, C)
     return out
 
 
@@ -281,7 +284,8 @@ def _dense_kernel(q_ptr, k_ptr, v_ptr, lse_prev_ptr, o_ptr, lse_ptr, mass_ptr,
     tl.store(lse_ptr + head * Nq + rows, (m + tl.log2(l)) / LOG2E, mask=rows < Nq)
 
 
-def _launch_dense(q, k, v, lse_prev):
+def attention_with_column_mass_triton(q: Tensor, k: Tensor, v: Tensor,
+                                      lse_prev: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     _check(q, k, v)
     (B, H, Nq, D), Nk = q.shape, k.shape[2]
     G = triton.cdiv(Nq, GROUP)
@@ -297,11 +301,7 @@ def _launch_dense(q, k, v, lse_prev):
 
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _launch_dense(q, k, v, None)[:2]
-
-
-def attention_with_column_mass_triton(q: Tensor, k: Tensor, v: Tensor, lse_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_dense(q, k, v, lse_prev)
+    return attention_with_column_mass_triton(q, k, v, None)[:2]
 
 
 @_jit

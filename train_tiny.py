@@ -1,7 +1,6 @@
 """Draws captioned scenes and trains the embedded models on them, from nothing.
 
     python train_tiny.py flux              rebuilds weights/flux-tiny: tokenizers, autoencoder, text encoders, transformer
-    python train_tiny.py flux --draw x.png a sheet of training scenes with their captions
 
 The world: one to three coloured shapes on a coloured background, drawn from signed distances, and a caption that says
 what is where. Some (colour, shape, relation) combinations are held out of training: bench.py scores the model on those.
@@ -131,21 +130,29 @@ def caption(rng, things, relation, background, plain):
     return text + ("." if not plain and rng.random() < 0.1 else "")
 
 
-def distances(x, y):
-    """Signed distances (roughly) to every shape of radius 1 at the origin, negative inside. x, y (...) -> (..., 7)"""
-    ax, length = x.abs(), torch.hypot(x, y)
-    angle = torch.atan2(x, -y)                                       # 0 is up
-    fold = (torch.remainder(angle + math.pi / 5, 2 * math.pi / 5) - math.pi / 5).abs()   # star: one half of one of five points
-    inner = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
-    nx, ny = inner[1], 1 - inner[0]
-    star = ((length * fold.cos() - 1) * nx + length * fold.sin() * ny) / math.hypot(nx, ny)
-    lobes = torch.hypot(ax - 0.45, y + 0.35) - 0.52                  # heart: two discs, and the kite below them to the tip
-    kite = torch.stack([0.7513 * ax + 0.66 * (y - 0.95), 0.66 * (ax - 0.45) - 0.7513 * (y + 0.35), -(y + 0.35)]).amax(0)
-    by_name = {"circle": length - 1, "square": torch.maximum(ax, y.abs()) - 0.85,
-               "triangle": torch.maximum((1.75 * ax - 0.95 * (y + 1)) / 1.991, y - 0.75), "star": star,
-               "ring": (length - 0.76).abs() - 0.24, "heart": torch.minimum(lobes, kite),
-               "diamond": 0.6 * (ax / 0.75 + y.abs() - 1)}
-    return torch.stack([by_name[name] for name in SHAPES], dim=-1)
+def distance(shape, x, y):
+    """Signed distance (roughly) to a shape of radius 1 at the origin, negative inside. x, y (...), y down -> (...)"""
+    if shape == "circle":
+        return torch.hypot(x, y) - 1
+    if shape == "ring":
+        return (torch.hypot(x, y) - 0.76).abs() - 0.24
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - 0.85
+    if shape == "diamond":
+        return 0.6 * (x.abs() / 0.75 + y.abs() - 1)
+    if shape == "triangle":
+        return torch.maximum((1.75 * x.abs() - 0.95 * (y + 1)) / 1.991, y - 0.75)
+    if shape == "star":                                              # fold the plane onto one half of one of five points
+        angle = (torch.remainder(torch.atan2(x, -y) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5).abs()
+        inner = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
+        nx, ny = inner[1], 1 - inner[0]
+        length = torch.hypot(x, y)
+        return ((length * angle.cos() - 1) * nx + length * angle.sin() * ny) / math.hypot(nx, ny)
+    assert shape == "heart", shape                                   # two discs, and the kite from their centres to the tip
+    x = x.abs()
+    discs = torch.hypot(x - 0.45, y + 0.35) - 0.52
+    kite = torch.maximum(0.7513 * x + 0.66 * (y - 0.95), 0.66 * (x - 0.45) - 0.7513 * (y + 0.35))
+    return torch.minimum(discs, torch.maximum(kite, -(y + 0.35)))
 
 
 def draw(scenes, size, device="cpu", window=(0.0, 0.0, 1.0)):
@@ -157,15 +164,16 @@ def draw(scenes, size, device="cpu", window=(0.0, 0.0, 1.0)):
     y, x = torch.meshgrid(top + grid, left + grid, indexing="ij")                # (size, size)
     background = torch.tensor([names.index(s.background) for s in scenes], device=device)
     pictures = palette[background][:, :, None, None].expand(-1, -1, size, size).clone()   # (B, 3, size, size)
-    for i in range(max(len(s.things) for s in scenes)):
-        rows = [(b, *(t.x, t.y, t.r), names.index(t.colour), SHAPES.index(t.shape))
-                for b, s in enumerate(scenes) for t in s.things[i:i + 1]]
-        b, tx, ty, r, colour, shape = (torch.tensor(c, device=device) for c in zip(*rows))
-        at = (slice(None), None, None)
-        d = distances((x - tx[at]) / r[at], (y - ty[at]) / r[at])                # (b, size, size, 7)
-        d = d.gather(-1, shape[:, None, None, None].expand(*d.shape[:3], 1))[..., 0] * r[at]
-        cover = (0.5 - d * size / side).clamp(0, 1)[:, None]                     # (b, 1, size, size)
-        pictures[b] = pictures[b].lerp(palette[colour][:, :, None, None], cover)
+    for shape in SHAPES:
+        for i in range(max(len(s.things) for s in scenes)):                      # one thing a scene at a time
+            rows = [(b, t.x, t.y, t.r, names.index(t.colour))
+                    for b, s in enumerate(scenes) for t in s.things[i:i + 1] if t.shape == shape]
+            if rows:
+                b, tx, ty, r, colour = (torch.tensor(c, device=device) for c in zip(*rows))
+                tx, ty, r = (a[:, None, None] for a in (tx, ty, r))
+                d = distance(shape, (x - tx) / r, (y - ty) / r) * r              # (b, size, size)
+                cover = (0.5 - d * size / side).clamp(0, 1)[:, None]             # (b, 1, size, size)
+                pictures[b] = pictures[b].lerp(palette[colour][:, :, None, None], cover)
     return pictures
 
 # ---------------------------------------------------------------------------------------------------------
@@ -217,8 +225,8 @@ class Stage:
 
 FLUX_STAGES = (Stage("autoencoder", 256, 100_000, 32, 3_000, (1e-3, 1e-5)),
                Stage("flow 256", 256, 100_000, 512, 6_500, (1e-3, 1e-3)),
-               Stage("flow 512", 512, 40_000, 256, 2_000, (1e-3, 1e-4)),
-               Stage("guided 512", 512, 40_000, 256, 800, (3e-4, 0.0), ema=0.995))
+               Stage("flow 512", 512, 60_000, 256, 3_500, (1e-3, 1e-4)),
+               Stage("guided 512", 512, 60_000, 256, 800, (3e-4, 0.0), ema=0.995))
 
 
 def run_stage(stage, model, loss, folder, device):
@@ -324,6 +332,7 @@ def cache_latents(autoencoder, scenes, size, device):
 def flow_loss(painter, teacher, latents, ids, empty, stage, device):
     """Flow matching on cached latents; with a teacher, matching its guided velocity instead."""
     layout = make_layout(painter.flux.config, stage.size // 16, stage.size // 16, ids[0].shape[1], device)
+    shift = stage.size / 128      # towards noise: at 512 px it is between t = 0.9 and 0.98 that things find their places
     student = torch.compile(painter, dynamic=False)
     guide = torch.compile(teacher, dynamic=False) if teacher else None
 
@@ -333,8 +342,8 @@ def flow_loss(painter, teacher, latents, ids, empty, stage, device):
         index = torch.randint(len(latents), (stage.batch,), generator=generator, device=device)
         clean = patchify(latents[index].float())                     # (B, N, 4 z)
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        t = torch.randn(stage.batch, generator=generator, device=device).sigmoid()
-        t = 1.8 * t / (1 + 0.8 * t)                                  # towards noise, like the sampler's shift
+        t = uniform()
+        t = shift * t / (1 + (shift - 1) * t)
         x = torch.lerp(clean, noise, t[:, None, None])
         t5_ids, clip_ids = (i[index].long() for i in ids)
         one = torch.ones_like(t)

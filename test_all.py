@@ -1,0 +1,1257 @@
+"""Every test of the repository: python -m pytest test_all.py
+
+In order: kernels (definitions against naive float64 sums, Triton kernels against the definitions: in Triton's
+interpreter on a CPU, compiled on a GPU), text encoders and tokenizers against transformers, FLUX.1 against diffusers,
+deltas against dense, the command line and its errors. Oracles that are not installed are skipped.
+"""
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")       # before the kernels are imported
+
+import bench
+import common
+import flux_chipmunk
+import sparse_kernels as sk
+import train_tiny
+from cache import Sparsity, listed, make_plan, make_state
+from text_encoders import (CLIP_L, T5_XXL, UMT5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder,
+                           load_clip_tokenizer, load_t5_tokenizer, relative_position_buckets, tokenize)
+from voxel import token_order
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]     # the interpreter has no bf16 dot
+DTYPES = [torch.float32, *HALF]
+ATOL = {torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}            # 8 ulp at 1 for the halves
+SHAPES = [(200, 130, 64), (61, 61, 16), (130, 300, 128), (256, 128, 32)]            # Nq, Nk, D
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")             # numpy on infinities, as intended
+needs_kernels = pytest.mark.skipif(
+    sk.triton is None or DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no way to run Triton")
+
+
+# ---------------------------------------------------------------------------------------------------
+# inputs and oracles
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Kernel outputs start as NaN (or a huge integer), and a guard band behind each must stay as it was."""
+    buffers, guard, empty = [], 64, torch.empty
+
+    def poisoned(*size, dtype=torch.float32, device="cpu"):
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        buffer = empty(shape.numel() + guard, dtype=dtype, device=device)
+        buffer.fill_(float("nan") if dtype.is_floating_point else 1 if dtype == torch.bool else torch.iinfo(dtype).max)
+        buffers.append(buffer)
+        return buffer[:shape.numel()].view(shape)
+
+    monkeypatch.setattr(sk.torch, "empty", poisoned)
+    yield
+    assert buffers, "no kernel allocated its output"
+    for buffer in buffers:
+        band = buffer[-guard:]
+        assert (band.isnan() if band.is_floating_point() else band == band.max()).all(), "written past the end"
+        if not buffer.is_floating_point() and buffer.dtype != torch.bool:
+            assert (band == torch.iinfo(buffer.dtype).max).all()
+
+
+def inputs(Nq, Nk, D, dtype=torch.float32, B=2, H=2, strided=True):
+    """q, k, v; strided ones are views of the (B, N, H, D) that a linear layer makes."""
+    def one(N):
+        x = torch.randn(B, N, H, D, device=DEVICE).to(dtype).transpose(1, 2)
+        return x if strided else x.contiguous()
+    return one(Nq), one(Nk), one(Nk)
+
+
+def random_columns(Nq, Nk, lead=(2, 2)):
+    """Ragged lists, the first empty and the last full, garbage in the padding."""
+    G = -(-Nq // sk.GROUP)
+    n_lists = int(np.prod(lead)) * G
+    lengths = np.random.default_rng(0).integers(0, Nk + 1, n_lists)
+    lengths[0], lengths[-1] = 0, Nk
+    columns = torch.full((n_lists, Nk + 3), -(2 ** 30), dtype=torch.int32)
+    for i, n in enumerate(lengths):
+        columns[i, :n] = torch.randperm(Nk)[:n].sort().values
+    counts = torch.from_numpy(lengths).to(torch.int32)
+    return columns.view(*lead, G, -1).to(DEVICE), counts.view(*lead, G).to(DEVICE)
+
+
+def listed_mask(columns, counts, Nq, Nk):
+    """bool (..., Nq, Nk): which columns each row may use."""
+    mask = torch.zeros(*counts.shape, Nk, dtype=torch.bool)
+    for at in np.ndindex(*counts.shape):
+        mask[at][columns[at][:counts[at]].long().cpu()] = True
+    return mask.repeat_interleave(sk.GROUP, -2)[..., :Nq, :].to(DEVICE)
+
+
+def naive_attention(q, k, v, allowed=None):
+    """float64 softmax attention over the allowed columns, 0 and -inf where there are none."""
+    s = torch.einsum("bhid,bhjd->bhij", q.double(), k.double()) * q.shape[-1] ** -0.5
+    weight = s.exp() if allowed is None else s.exp() * allowed
+    total = weight.sum(-1)
+    o = torch.einsum("bhij,bhjd->bhid", weight, v.double()) / total.clamp_min(1e-300)[..., None]
+    return o, total.log(), s
+
+
+def assert_no_worse(got, truth, baseline, factor=2.0, floor=2e-7):
+    """got is at most `factor` times as far from the float64 truth as the framework's result in the same dtype."""
+    error, allowed = (got.double() - truth).abs(), (baseline.double() - truth).abs()
+    assert error.mean() <= factor * allowed.mean() + floor, (error.mean(), allowed.mean())
+    assert error.max() <= 2 * factor * allowed.max() + 10 * floor, (error.max(), allowed.max())
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------
+# definitions
+
+
+@pytest.mark.parametrize("Nq, Nk, D", SHAPES)
+def test_attention_definitions(Nq, Nk, D):
+    q, k, v = inputs(Nq, Nk, D, torch.float64)
+    o, lse, s = naive_attention(q, k, v)
+    lse_prev = lse + torch.randn_like(lse)
+    mass = torch.stack([(s - lse_prev[..., None]).exp()[:, :, g:g + 128].sum(2) for g in range(0, Nq, 128)], 2)
+    torch.testing.assert_close(sk.attention_ref(q, k, v), (o, lse))
+    torch.testing.assert_close(sk.attention_with_column_mass_ref(q, k, v, lse_prev), (o, lse, mass))
+
+    rows = torch.tensor([min(128, Nq - g) for g in range(0, Nq, 128)], dtype=torch.float64, device=DEVICE)
+    handed_out = sk.attention_with_column_mass_ref(q, k, v, lse)[2].sum(-1)
+    torch.testing.assert_close(handed_out, rows.expand_as(handed_out))      # each row hands out exactly 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("Nq, Nk, D", SHAPES[:2])
+def test_public_attention(Nq, Nk, D, dtype):
+    q, k, v = inputs(Nq, Nk, D, dtype)
+    o, lse, _ = naive_attention(q, k, v)
+    got, got_lse = sk.attention(q, k, v)
+    assert got.dtype == dtype and got_lse.dtype == torch.float32
+    assert_no_worse(got, o, F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(got_lse.double(), lse, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("Nq, Nk, D", SHAPES)
+def test_column_sparse_definition(Nq, Nk, D):
+    q, k, v = inputs(Nq, Nk, D, torch.float64)
+    columns, counts = random_columns(Nq, Nk)
+    o, lse, s = naive_attention(q, k, v)
+    allowed = listed_mask(columns, counts, Nq, Nk)
+    o_S, lse_S, _ = naive_attention(q, k, v, allowed)
+    assert (lse_S == -torch.inf).any() and allowed.all(-1).any(), "the lists must include empty and full ones"
+    torch.testing.assert_close(sk.column_sparse_attention_ref(q, k, v, columns, counts), (o_S, lse_S))
+
+    o_R, lse_R, _ = naive_attention(q, k, v, ~allowed)
+    got = sk.column_sparse_attention_ref(q, k, v, columns, counts, o, lse, "split")
+    torch.testing.assert_close(got, (o_R, lse_R))
+    got = sk.column_sparse_attention_ref(q, k, v, columns, counts, o, None, "split")
+    torch.testing.assert_close(got, (o - o_S, None))
+
+    # a sparse step with other q, k, v: the stale rest keeps its own weights
+    q2, k2, v2 = inputs(Nq, Nk, D, torch.float64)
+    fresh, fresh_lse, s2 = naive_attention(q2, k2, v2, allowed)
+    n = (s2.exp() * allowed) @ v2 + (s.exp() * ~allowed) @ v
+    z = (s2.exp() * allowed).sum(-1) + (s.exp() * ~allowed).sum(-1)
+    got = sk.column_sparse_attention_ref(q2, k2, v2, columns, counts, o_R, lse_R, "add")[0]
+    torch.testing.assert_close(got, n / z[..., None])
+    got = sk.column_sparse_attention_ref(q2, k2, v2, columns, counts, o - o_S, None, "add")[0]
+    torch.testing.assert_close(got, o - o_S + fresh)
+
+
+# ---------------------------------------------------------------------------------------------------
+# attention kernels
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("Nq, Nk, D", SHAPES)
+def test_dense_kernels(poison, Nq, Nk, D, dtype):
+    q, k, v = inputs(Nq, Nk, D, dtype, strided=D != 16)
+    o, lse = sk.attention_ref(q.double(), k.double(), v.double())
+    lse_prev = (lse + torch.randn_like(lse)).float()
+    mass = sk.attention_with_column_mass_ref(q.double(), k.double(), v.double(), lse_prev.double())[2]
+    baseline = F.scaled_dot_product_attention(q, k, v)
+
+    got, got_lse = sk.attention_triton(q, k, v)
+    assert_no_worse(got, o, baseline)
+    torch.testing.assert_close(got_lse.double(), lse, atol=5e-5, rtol=0)
+    got, got_lse, got_mass = sk.attention_with_column_mass_triton(q, k, v, lse_prev)
+    assert_no_worse(got, o, baseline)
+    torch.testing.assert_close(got_lse.double(), lse, atol=5e-5, rtol=0)
+    torch.testing.assert_close(got_mass.double(), mass, atol=1e-6, rtol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("Nq, Nk, D", SHAPES)
+def test_column_sparse_kernel(poison, Nq, Nk, D, dtype):
+    q, k, v = inputs(Nq, Nk, D, dtype, strided=D != 16)
+    columns, counts = random_columns(Nq, Nk)
+    wide = q.double(), k.double(), v.double(), columns, counts
+    allowed = listed_mask(columns, counts, Nq, Nk)
+    o_S, lse_S = sk.column_sparse_attention_ref(*wide)
+    empty = lse_S == -torch.inf
+    baseline = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).masked_fill(empty[..., None], 0)
+
+    got, got_lse = sk.column_sparse_attention_triton(q, k, v, columns, counts)
+    assert got.dtype == dtype and not got[empty].any()
+    assert_no_worse(got, o_S, baseline)
+    torch.testing.assert_close(got_lse.double(), lse_S, atol=5e-5, rtol=0)
+
+    o, lse = sk.attention_ref(q, k, v)
+    for row_lse in (None, lse):
+        want, want_lse = sk.column_sparse_attention_ref(*wide, o.double(), None if lse is None else row_lse, "split")
+        got, got_lse = sk.column_sparse_attention_triton(q, k, v, columns, counts, o, row_lse, "split")
+        left = torch.ones_like(lse_S) if row_lse is None else 1 - (lse_S - row_lse).exp().clamp(max=1)
+        weighed = [x * left[..., None] for x in (got.double(), want)]       # the rest counts by what is left
+        assert_no_worse(weighed[0], weighed[1], weighed[1] + (baseline.double() - o_S), factor=3)
+        assert got.isfinite().all()
+        if row_lse is not None:
+            some = left > 1e-2
+            torch.testing.assert_close(got_lse[some].double(), want_lse[some], atol=1e-3, rtol=0)
+        q2, k2, v2 = inputs(Nq, Nk, D, dtype)
+        rest, rest_lse = want.to(dtype), None if want_lse is None else want_lse.float()
+        wide2 = q2.double(), k2.double(), v2.double(), columns, counts
+        want = sk.column_sparse_attention_ref(*wide2, rest.double(), rest_lse, "add")[0]
+        got, none = sk.column_sparse_attention_triton(q2, k2, v2, columns, counts, rest, rest_lse, "add")
+        assert none is None
+        assert_no_worse(got, want, want.to(dtype).double() + (baseline.double() - o_S), factor=3)
+
+
+def triton_or_public():
+    """Both implementations of the three public forms of column_sparse_attention."""
+    forms = [pytest.param(sk._column_sparse_attention, id="public")]
+    return forms + [pytest.param(sk.column_sparse_attention_triton, id="triton", marks=needs_kernels)]
+
+
+@pytest.mark.parametrize("run", triton_or_public())
+@pytest.mark.parametrize("by_mass", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deltas_equal_dense(monkeypatch, run, by_mass, dtype):
+    monkeypatch.setattr(sk, "_column_sparse_attention", run)
+    Nq, Nk, D = 200, 300, 64
+    q, k, v = inputs(Nq, Nk, D, dtype)
+    columns, counts = random_columns(Nq, Nk)
+    o, lse = sk.attention(q, k, v)
+    rest, rest_lse = sk.split_off_columns(q, k, v, columns, counts, o, lse if by_mass else None)
+    assert (rest_lse is not None) == by_mass
+    torch.testing.assert_close(sk.add_columns(q, k, v, columns, counts, rest, rest_lse), o, atol=ATOL[dtype], rtol=0)
+
+    q2, k2, v2 = inputs(Nq, Nk, D, dtype)                                   # everything kept: nothing stale is left
+    columns = torch.arange(Nk, dtype=torch.int32, device=DEVICE).expand(2, 2, 2, Nk)
+    counts = torch.full((2, 2, 2), Nk, dtype=torch.int32, device=DEVICE)
+    rest, rest_lse = sk.split_off_columns(q, k, v, columns, counts, o, lse if by_mass else None)
+    dense = sk.attention(q2, k2, v2)[0]
+    torch.testing.assert_close(sk.add_columns(q2, k2, v2, columns, counts, rest, rest_lse), dense, atol=ATOL[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("run", triton_or_public())
+def test_add_columns_is_finite_at_the_edges(monkeypatch, run):
+    monkeypatch.setattr(sk, "_column_sparse_attention", run)
+    q, k, v = inputs(130, 61, 16)
+    columns = torch.arange(61, dtype=torch.int32, device=DEVICE).expand(2, 2, 2, 61)
+    counts = torch.tensor([0, 61], dtype=torch.int32, device=DEVICE).expand(2, 2, 2)    # one empty list, one full
+    rest = torch.randn_like(q)
+    o_S = sk.column_sparse_attention(q, k, v, columns, counts)[0]
+    nothing = torch.full(q.shape[:3], -torch.inf, device=DEVICE)
+    got = sk.add_columns(q, k, v, columns, counts, rest, nothing)
+    assert torch.equal(got[:, :, :128], rest[:, :, :128])                   # both empty
+    torch.testing.assert_close(got[:, :, 128:], o_S[:, :, 128:])            # the rest is empty
+    got = sk.add_columns(q, k, v, columns, counts, rest, torch.zeros_like(nothing))
+    assert torch.equal(got[:, :, :128], rest[:, :, :128])                   # the list is empty
+    full = torch.full_like(counts, 61)
+    o, lse = sk.attention(q, k, v)
+    rest, rest_lse = sk.split_off_columns(q, k, v, columns, full, o, lse - 1e-6)    # the share of S rounds above 1
+    assert not rest.any() and (rest_lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("run", triton_or_public())
+def test_only_listed_columns_are_read(run):
+    q, k, v = inputs(130, 200, 64)
+    columns, counts = random_columns(130, 199)
+    columns, counts = columns + 1, counts.clamp(max=50)                     # not even column 0
+    want = run(q, k, v, columns, counts, None, None, "none")
+    used = listed_mask(columns, counts, 130, 200).any(2)                    # (B, H, Nk)
+    assert not used[..., 0].any()
+    k[~used], v[~used] = float("nan"), float("nan")
+    torch.testing.assert_close(run(q, k, v, columns, counts, None, None, "none"), want, atol=0, rtol=0)
+
+
+@needs_kernels
+def test_offsets_beyond_32_bits():
+    stride, N, D = 2 ** 24, 130, 16                                         # row 128 starts at element 2^31
+    memory = torch.empty(N * stride, dtype=torch.float16, device=DEVICE)    # virtual on a CPU: few pages are touched
+    far = [memory.as_strided((1, 1, N, D), (N * stride, N * stride, stride, 1), i * D) for i in range(4)]
+    near = [torch.randn(1, 1, N, D, device=DEVICE).half() for _ in range(4)]
+    for x, y in zip(far, near):
+        x.copy_(y)
+    columns, counts = random_columns(N, N, lead=(1, 1))
+    assert counts[0, 0, 1] == N
+    for x, y in zip(sk.attention_triton(*far[:3]), sk.attention_triton(*near[:3])):
+        assert torch.equal(x, y)
+    got = sk.column_sparse_attention_triton(*far[:3], columns, counts, far[3], None, "split")[0]
+    assert torch.equal(got, sk.column_sparse_attention_triton(*near[:3], columns, counts, near[3], None, "split")[0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# the choice of columns
+
+
+def masses(kind, G, N):
+    if kind == "distinct":
+        return torch.rand(2, 3, G, N, device=DEVICE)
+    if kind == "ties":
+        return torch.randint(0, 4, (2, 3, G, N), device=DEVICE) / 3
+    if kind == "wide":                                                      # from denormal to infinite, and zeros
+        exponent = torch.randint(-149, 128, (2, 3, G, N), device=DEVICE).double()
+        mass = (2 ** exponent).float()
+        return torch.where(mass < 1e-40, 0, torch.where(mass > 1e38, torch.inf, mass))
+    return torch.full((2, 3, G, N), 0.25, device=DEVICE)
+
+
+def statics(kind, G, N):
+    if kind == "none":
+        return None, 0
+    static = torch.rand(*((N,) if kind == "all groups" else (G, N)), device=DEVICE) < 0.1
+    return static, int(static.sum(-1).max())
+
+
+CHOICES = [("distinct", "none", 3, 130, 0.165, 0.0), ("distinct", "all groups", 2, 200, 0.05, 0.01),
+           ("distinct", "per group", 2, 5000, 0.1, 0.01), ("ties", "none", 3, 130, 0.3, 0.0),
+           ("ties", "per group", 1, 5000, 0.2, 0.3), ("wide", "none", 2, 61, 0.5, 0.05), ("wide", "none", 2, 61, 0.02, 0.0),
+           ("equal", "all groups", 2, 130, 0.1, 0.0), ("distinct", "none", 2, 61, 1.0, 0.0),
+           ("ties", "none", 2, 61, 0.0, 0.2), ("distinct", "per group", 2, 61, 0.0, 0.0), ("equal", "none", 1, 1, 0.0, 0.0),
+           ("distinct", "none", 2, 61, 0.1, 1.0)]
+
+
+@pytest.mark.parametrize("kind, static_kind, G, N, keep, random", CHOICES)
+def test_choose_columns_definition(kind, static_kind, G, N, keep, random):
+    mass, (static, most) = masses(kind, G, N), statics(static_kind, G, N)
+    columns, counts = sk.choose_columns(mass, keep, random, static, 7)
+    by_chance = sk._hash(7, torch.arange(G)[:, None], torch.arange(N)) < random * 2 ** 24
+    for at in np.ndindex(*counts.shape):
+        ranked = sorted(range(N), key=lambda j: (-mass[at][j].item(), j))
+        want = set(ranked[:int(np.ceil(keep * N))]) | set(by_chance[at[-1]].nonzero()[:, 0].tolist())
+        if static is not None:
+            want |= set(static.expand(G, N)[at[-1]].nonzero()[:, 0].tolist())
+        assert columns[at][:counts[at]].tolist() == sorted(want)
+        assert not columns[at][counts[at]:].any()
+    assert same(sk.choose_columns(mass, keep, random, static, 7, most)[0], columns)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind, static_kind, G, N, keep, random", CHOICES)
+def test_choose_columns_kernel(poison, kind, static_kind, G, N, keep, random):
+    mass, (static, most) = masses(kind, G, N), statics(static_kind, G, N)
+    for seed in (1, 16, 2 ** 40 + 12345, -3) if random else (5,):
+        want = sk.choose_columns_ref(mass, keep, random, static, seed, most)
+        got = sk.choose_columns_triton(mass, keep, random, static, seed, most)
+        assert same(got[0], want[0]) and same(got[1], want[1])
+
+
+def test_random_columns_are_random():
+    G, N, share = 64, 2000, 0.05
+    mass = torch.zeros(1, 2, G, N, device=DEVICE)
+    columns, counts = sk.choose_columns(mass, 0.0, share, None, 3)
+    again, _ = sk.choose_columns(mass, 0.0, share, None, 4)
+    assert same(columns[0, 0], columns[0, 1]) and not torch.equal(columns, again)
+    sigma = (N * share * (1 - share)) ** 0.5
+    assert ((counts - N * share).abs() < 5 * sigma).all()
+    assert abs(counts[0, 0].double().mean().item() - N * share) < 5 * sigma / G ** 0.5
+    picked = listed_mask(columns[:, :1], counts[:, :1], G * sk.GROUP, N)[0, 0, ::sk.GROUP].double()
+    per_column = picked.sum(0)                                              # binomial over groups: no column is favoured
+    assert abs(per_column.var().item() / (G * share * (1 - share)) - 1) < 0.2
+    overlap = (picked @ picked.T).fill_diagonal_(0).sum() / (G * (G - 1))
+    assert abs(overlap.item() / (N * share ** 2) - 1) < 0.1                 # groups draw independently
+
+
+@pytest.mark.parametrize("run", [sk.choose_columns_ref, pytest.param(sk.choose_columns_triton, marks=needs_kernels)])
+def test_too_small_a_capacity_is_not_overrun(run):
+    static = torch.zeros(2, 200, dtype=torch.bool, device=DEVICE)
+    static[0] = True
+    columns, counts = run(torch.rand(1, 1, 2, 200, device=DEVICE), 0.0, 0.0, static, 0, 32)
+    assert columns.shape[-1] == 32 and counts.flatten().tolist() == [32, 0]
+    assert torch.equal(columns[0, 0, 0].cpu(), torch.arange(32, dtype=torch.int32)) and not columns[0, 0, 1].any()
+
+
+# ---------------------------------------------------------------------------------------------------
+# the MLP
+
+
+def mlp_inputs(M, C, hidden, dtype, B=2):
+    x = torch.randn(B, M, C, device=DEVICE).to(dtype)
+    w1 = (torch.randn(hidden, C, device=DEVICE) / C ** 0.5).to(dtype)
+    b1 = torch.randn(hidden, device=DEVICE).to(dtype)
+    w2t = (torch.randn(hidden, C, device=DEVICE) / hidden ** 0.5).to(dtype)
+    return x, w1, b1, w2t
+
+
+MLPS = [(200, 48, 130), (61, 64, 300), (256, 16, 128)]                      # M, C, hidden
+
+
+@pytest.mark.parametrize("M, C, hidden", MLPS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlp_definitions(M, C, hidden, bias):
+    x, w1, b1, w2t = mlp_inputs(M, C, hidden, torch.float64)
+    columns, counts = random_columns(M, hidden, lead=(2,))
+    mask = listed_mask(columns, counts, M, hidden)
+    act, out = torch.randn(2, M, hidden, dtype=x.dtype, device=DEVICE), torch.randn(2, M, C, dtype=x.dtype, device=DEVICE)
+    h = x @ w1.T + (b1 if bias else 0)
+    new = torch.where(mask, h * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h ** 3))), act)
+    want = out + (new - act) @ w2t
+    delta = sk.sparse_mlp_fc1_ref(x, w1, b1 if bias else None, columns, counts, act)
+    assert not torch.equal(want, out)
+    torch.testing.assert_close(act, new)
+    assert sk.sparse_mlp_fc2_ref(delta, w2t, columns, counts, out) is out
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_hidden_columns_make_the_dense_mlp(dtype):
+    M, C, hidden = 200, 64, 130
+    x, w1, b1, w2t = mlp_inputs(M, C, hidden, dtype)
+    act = F.gelu(torch.randn_like(x) @ w1.T + b1, approximate="tanh")       # the cache of another x
+    out = act @ w2t
+    columns = torch.arange(hidden, dtype=torch.int32, device=DEVICE).expand(2, 2, hidden)
+    counts = torch.full((2, 2), hidden, dtype=torch.int32, device=DEVICE)
+    got = sk.sparse_mlp_fc2(sk.sparse_mlp_fc1(x, w1, b1, columns, counts, act), w2t, columns, counts, out)
+    assert got is out
+    want = F.gelu(x.double() @ w1.double().T + b1.double(), approximate="tanh")
+    torch.testing.assert_close(act.double(), want, atol=ATOL[dtype], rtol=0)
+    torch.testing.assert_close(out.double(), want @ w2t.double(), atol=2 * ATOL[dtype], rtol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M, C, hidden", MLPS)
+def test_mlp_kernels(poison, M, C, hidden, dtype):
+    x, w1, b1, w2t = mlp_inputs(M, C, hidden, dtype)
+    columns, counts = random_columns(M, hidden, lead=(2,))
+    mask = listed_mask(columns, counts, M, hidden)
+    for bias in (b1, None):
+        act = torch.randn(2, M, hidden + 16, device=DEVICE).to(dtype)[..., :hidden]     # rows with a stride of their own
+        want_act, old_act = act.double(), act.clone()
+        wide_bias = None if bias is None else bias.double()
+        want_delta = sk.sparse_mlp_fc1_ref(x.double(), w1.double(), wide_bias, columns, counts, want_act)
+        delta = sk.sparse_mlp_fc1_triton(x, w1, bias, columns, counts, act)
+        torch.testing.assert_close(act.double(), want_act, atol=ATOL[dtype], rtol=ATOL[dtype])
+        assert torch.equal(act[~mask], old_act[~mask]) and not torch.equal(act, old_act)
+        torch.testing.assert_close(delta.double(), want_delta, atol=ATOL[dtype], rtol=ATOL[dtype])
+        for b, g in np.ndindex(*counts.shape):
+            n, rows = counts[b, g], slice(g * 128, (g + 1) * 128)
+            stored = act[b, rows].double() - old_act[b, rows].double()      # delta is what act really changed by
+            assert torch.equal(delta[b, rows, :n], stored[:, columns[b, g, :n].long()].to(dtype))
+            assert not delta[b, rows, n:].any()
+        out = torch.randn(2, M, 2 * C, device=DEVICE).to(dtype)[..., :C]
+        want_out = sk.sparse_mlp_fc2_ref(delta.double(), w2t.double(), columns, counts, out.double())
+        got = sk.sparse_mlp_fc2_triton(delta, w2t, columns, counts, out)
+        assert got is out
+        torch.testing.assert_close(got.double(), want_out, atol=ATOL[dtype], rtol=ATOL[dtype])
+
+
+@needs_kernels
+def test_mlp_kernels_read_only_listed_weights():
+    M, C, hidden = 130, 48, 200
+    x, w1, b1, w2t = mlp_inputs(M, C, hidden, torch.float32)
+    columns, counts = random_columns(M, hidden - 1, lead=(2,))
+    columns, counts = columns + 1, counts.clamp(max=50)                     # not even column 0
+    used = listed_mask(columns, counts, M, hidden).any(1).any(0)
+    assert not used[0]
+    w1[~used], b1[~used], w2t[~used] = float("nan"), float("nan"), float("nan")
+    delta = sk.sparse_mlp_fc1_triton(x, w1, b1, columns, counts, torch.zeros(2, M, hidden, device=DEVICE))
+    out = sk.sparse_mlp_fc2_triton(delta, w2t, columns, counts, torch.zeros(2, M, C, device=DEVICE))
+    assert delta.isfinite().all() and out.isfinite().all() and out.any()
+
+
+# ---------------------------------------------------------------------------------------------------
+# masks, registration, errors
+
+
+@pytest.mark.parametrize("n", [1, 8, 61, 130, 9000])
+@pytest.mark.parametrize("pack, unpack", [
+    pytest.param(sk.pack_mask, sk.unpack_mask, id="public"), pytest.param(sk.pack_mask_ref, sk.unpack_mask_ref, id="ref"),
+    pytest.param(sk.pack_mask_triton, sk.unpack_mask_triton, id="triton", marks=needs_kernels)])
+def test_masks(n, pack, unpack):
+    mask = torch.rand(2, 3, n, device=DEVICE) < 0.4
+    bits = pack(mask)
+    assert np.array_equal(bits.cpu().numpy(), np.packbits(mask.cpu().numpy(), axis=-1, bitorder="little"))
+    assert same(unpack(bits, n), mask)
+
+
+def every_public_op(q, k, v, x, w1, b1, w2t, act, out):
+    o, lse = sk.attention(q, k, v)
+    o, lse, mass = sk.attention_with_column_mass(q, k, v, lse)
+    columns, counts = sk.choose_columns(mass, 0.2, 0.05, None, 5)
+    results = [o, lse, mass, columns, counts, *sk.column_sparse_attention(q, k, v, columns, counts)]
+    for row_lse in (None, lse):
+        rest, rest_lse = sk.split_off_columns(q, k, v, columns, counts, o, row_lse)
+        results += [rest, sk.add_columns(q, k, v, columns, counts, rest, rest_lse)]
+    hidden, n_hidden = columns[:, 0], counts[:, 0]
+    delta = sk.sparse_mlp_fc1(x, w1, b1, hidden, n_hidden, act)
+    results += [delta, sk.sparse_mlp_fc2(delta, w2t, hidden, n_hidden, out), act]
+    bits = sk.pack_mask(mass > 1)
+    return results + [bits, sk.unpack_mask(bits, mass.shape[-1])]
+
+
+def test_compile_without_graph_breaks():
+    q, k, v = inputs(200, 130, 16)
+    x, w1, b1, w2t = mlp_inputs(200, 32, 130, torch.float32)
+    act, out = torch.randn(2, 200, 130, device=DEVICE), torch.randn(2, 200, 32, device=DEVICE)
+    want = every_public_op(q, k, v, x, w1, b1, w2t, act.clone(), out.clone())
+    compiled = torch.compile(every_public_op, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(q, k, v, x, w1, b1, w2t, act, out), want, strict=True):
+        assert same(got, expected)
+
+
+def test_registered_ops_keep_their_promises():
+    q, k, v = inputs(130, 61, 16, B=1)
+    o, lse = sk.attention_ref(q, k, v)
+    columns, counts = random_columns(130, 61, lead=(1, 2))
+    x, w1, b1, w2t = mlp_inputs(130, 16, 61, torch.float32, B=1)
+    act, out = torch.zeros(1, 130, 61, device=DEVICE), torch.zeros(1, 130, 16, device=DEVICE)
+    mask = torch.rand(2, 61, device=DEVICE) < 0.5
+    calls = [(sk._attention, (q, k, v)), (sk.attention_with_column_mass, (q, k, v, lse)),
+             (sk._choose_columns, (q.abs(), 0.3, 0.1, None, 1, 0)), (sk.pack_mask, (mask,)),
+             (sk._column_sparse_attention, (q, k, v, columns, counts, None, None, "none")),
+             (sk._column_sparse_attention, (q, k, v, columns, counts, o, lse, "split")),
+             (sk._column_sparse_attention, (q, k, v, columns, counts, o, None, "add")),
+             (sk.sparse_mlp_fc1, (x, w1, b1, columns[:, 0], counts[:, 0], act)),
+             (sk._sparse_mlp_fc2, (torch.zeros(1, 130, 64, device=DEVICE), w2t, columns[:, 0], counts[:, 0], out)),
+             (sk.unpack_mask, (sk.pack_mask(mask), 61))]
+    for op, args in calls:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_runs_without_triton():
+    program = """
+import sys; sys.modules["triton"] = None
+import torch, sparse_kernels as sk
+q = torch.randn(1, 1, 130, 16)
+o, lse, mass = sk.attention_with_column_mass(q, q, q, sk.attention(q, q, q)[1])
+lists = sk.choose_columns(mass, 0.2, 0.0, None, 0)
+assert sk.add_columns(q, q, q, *lists, *sk.split_off_columns(q, q, q, *lists, o, lse)).allclose(o, atol=1e-5)
+for call in (lambda: sk.attention_triton(q, q, q), lambda: sk.choose_columns_triton(mass, 0.2, 0.0, None, 0, 0)):
+    try:
+        call()
+    except ImportError as error:
+        print("asked for:", error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+                         cwd=os.path.dirname(os.path.abspath(sk.__file__)))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("asked for: Triton is not installed") == 2
+
+
+@needs_kernels
+def test_errors_say_what_is_wrong():
+    q, k, v = inputs(130, 61, 16)
+    with pytest.raises(ValueError, match="head dimension"):
+        sk.attention_triton(*inputs(130, 61, 48))
+    with pytest.raises(ValueError, match="share one of"):
+        sk.attention_triton(q, k.half(), v)
+    with pytest.raises(ValueError, match="stride 1"):
+        sk.attention_triton(q, k.mT.contiguous().mT, v)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        x, w1, b1, _ = mlp_inputs(130, 40, 61, torch.float32)
+        sk.sparse_mlp_fc1_triton(x, w1, b1, *random_columns(130, 61, lead=(2,)), torch.zeros(2, 130, 61, device=DEVICE))
+    with pytest.raises(ValueError, match="shares"):
+        sk.choose_columns(torch.rand(1, 1, 1, 8, device=DEVICE), 16.5, 0.0, None, 0)
+
+# =========================================================================================================
+# text encoders and tokenizers
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "shared" / "checkpoints"
+CORPUS = ["a small red circle above a large blue square on a white background", "the cat's toy; they'll say it's 10!",
+          "two stars move left, one ring grows. Don't stop - never!", "a café, a naïve heart & a diamond (3.14)"] * 4
+PROMPTS = ["a red circle", "", "  two   spaces\tand\na newline ", "It's the cat's, they'll say: don't!! I'd 'VE'm",
+           "12 monkeys, 3.14 & 2024...", "naïve café — “ÉCOLE” 東京 🙂", "cafe\u0301 n\u0303 \u212b İ ẞ",
+           "\u00a0\u3000\u200b", "a <|endoftext|> b </s> c <pad>", "<|StartOfText|>x<|ENDOFTEXT|>", "'start 'revolt odd's s's ''s",
+           "unseen ж ⅷ ² ½ ٣ ㋀", "snake_case-and-dash/slash", "circle " * 90]
+
+
+# ---------------------------------------------------------------------------------------- encoders
+
+@torch.no_grad()
+def randomise(model):
+    """Draw every parameter, norms and biases too, so that nothing hides at its initial value."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        p.normal_(generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            p.mul_(0.3).add_(1)
+        elif "shared" in name or "_embedding" in name:  # rows from 1 down to 1e-3: there the norms' eps matters
+            p.mul_(torch.logspace(0, -3, len(p))[:, None])
+        elif p.ndim == 2 and "attention_bias" not in name:
+            p.mul_(p.shape[1] ** -0.5)
+    return model.eval()
+
+
+def assert_close(got, want):
+    assert got.shape == want.shape
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def t5_pair(per_layer_bias):
+    """Ours and transformers' T5 (or UMT5) with the same weights, copied by name."""
+    transformers = pytest.importorskip("transformers")
+    name = "UMT5" if per_layer_bias else "T5"
+    theirs = getattr(transformers, f"{name}EncoderModel")(getattr(transformers, f"{name}Config")(
+        vocab_size=97, d_model=48, d_kv=8, d_ff=80, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"))
+    config = T5Config(97, dim=48, heads=4, head_dim=8, ff=80, layers=3, per_layer_bias=per_layer_bias)
+    ours = randomise(T5Encoder(config))
+    state = ours.state_dict()
+    theirs.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]})  # theirs is tied
+    return ours, theirs.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_layer_bias", [False, True], ids=["t5", "umt5"])
+@pytest.mark.parametrize("length", [1, 7, 300])  # 300: beyond max_distance
+def test_t5_equals_transformers(per_layer_bias, length):
+    ours, theirs = t5_pair(per_layer_bias)
+    ids = torch.randint(97, (3, length), generator=torch.Generator().manual_seed(1))
+    assert_close(ours(ids), theirs(input_ids=ids).last_hidden_state)
+    valid = (length + 1) // 2
+    mask = torch.arange(length) < torch.tensor([[1], [valid], [length]])
+    masked = ours(ids, mask)
+    assert_close(masked, theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
+    assert_close(masked[1:2, :valid], ours(ids[1:2, :valid]))  # a masked token is as good as absent
+
+
+@torch.no_grad()
+def test_t5_bfloat16_error_is_within_that_of_transformers():
+    ours, theirs = t5_pair(per_layer_bias=False)
+    ids = torch.randint(97, (4, 64), generator=torch.Generator().manual_seed(1))
+    exact = ours.bfloat16().double()(ids)  # of the rounded weights
+    error = (ours.bfloat16()(ids) - exact).norm()
+    assert error <= 1.1 * (theirs.bfloat16()(input_ids=ids).last_hidden_state - exact).norm()
+    assert error <= 0.05 * exact.norm()
+
+
+def test_relative_position_buckets():
+    buckets = relative_position_buckets(300, buckets=32, max_distance=128)
+    assert buckets[0, :9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]  # one distance each below 8
+    assert buckets[0, [15, 16, 31, 32, 63, 64, 90, 91, 299]].tolist() == [25, 26, 27, 28, 29, 30, 30, 31, 31]
+    assert torch.equal(buckets.tril(-1), (buckets - 16).triu(1).T)         # the same towards earlier keys
+
+
+@torch.no_grad()
+def test_clip_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    ours = randomise(CLIPTextEncoder(CLIPConfig(99, dim=48, heads=4, ff=80, layers=3)))
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=99, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        hidden_act="quick_gelu", bos_token_id=97, eos_token_id=98, pad_token_id=98)).eval()
+    prefixed = any(name.startswith("text_model.") for name in theirs.state_dict())  # until transformers 5
+    theirs.load_state_dict({name.removeprefix("" if prefixed else "text_model."): p for name, p in ours.state_dict().items()})
+    ids = torch.randint(97, (3, 77), generator=torch.Generator().manual_seed(1))
+    for row, end in zip(ids, (1, 40, 76)):
+        row[end:] = 98  # the end of the text, then padding with the same id
+    hidden, pooled = ours(ids)
+    want = theirs(input_ids=ids)
+    assert_close(hidden, want.last_hidden_state)
+    assert_close(pooled, want.pooler_output)
+    assert_close(ours(ids[:2, :41])[1], pooled[:2])  # padding does not reach the pooled state
+
+
+def test_clip_rejects_a_prompt_longer_than_its_positions():
+    with pytest.raises(ValueError, match="12 tokens.* 9 positions"):
+        CLIPTextEncoder(CLIPConfig(99, dim=8, heads=2, ff=8, layers=1, length=9))(torch.zeros(1, 12, dtype=torch.long))
+
+
+@pytest.mark.parametrize("checkpoint, encoder, config", [
+    ("t5_v1_1_xxl_encoder", T5Encoder, T5_XXL), ("umt5_xxl_encoder", T5Encoder, UMT5_XXL),
+    ("clip_l_text", CLIPTextEncoder, CLIP_L)])
+def test_text_encoders_have_the_published_names_and_shapes(checkpoint, encoder, config):
+    file = CHECKPOINTS / f"{checkpoint}.json"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    redundant = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}  # in some exports only
+    published = json.loads(file.read_text())["tensors"]
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in encoder(config).state_dict().items()}
+    assert shapes == {name: shape for name, shape in published.items() if name not in redundant}
+
+
+# -------------------------------------------------------------------------------------- tokenizers
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """vocab.json and merges.txt as CLIP orders them: bytes, bytes ending a word, merges, start, end."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>"))
+    letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"Ð"})  # without byte D0, as in "ж", to have an unknown
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    words = letters + [c + "</w>" for c in letters] + ["".join(pair) for pair in merges]
+    folder = tmp_path_factory.mktemp("clip")
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words + ["<|startoftext|>", "<|endoftext|>"]))}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5_file(tmp_path_factory):
+    """A tokenizer.json built like T5's, with a truncation and a padding set that must not matter."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.train_from_iterator(CORPUS, trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=9)
+    file = tmp_path_factory.mktemp("t5") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return file
+
+
+@pytest.mark.parametrize("length", [2, 8, 77])
+def test_clip_tokenizer_equals_transformers(clip_folder, length):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPTokenizerFast.from_pretrained(clip_folder)
+    ours = load_clip_tokenizer(clip_folder)
+    end = ours.token_to_id("<|endoftext|>")
+    assert end == ours.get_vocab_size() - 1 == theirs.eos_token_id
+    ids, mask, cut = tokenize(ours, PROMPTS, length, pad_id=end)
+    want = theirs(PROMPTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    assert torch.equal(ids, want.input_ids)
+    assert torch.equal(mask, want.attention_mask.bool())
+    assert cut == [max(0, len(prompt) - length) for prompt in theirs(PROMPTS).input_ids]
+
+
+def test_clip_tokenizer_words(clip_folder):
+    def tokens(prompt):
+        return load_clip_tokenizer(clip_folder).encode(prompt, add_special_tokens=False).tokens
+
+    assert tokens("A  RED\n circle") == ["a</w>", "red</w>", "circle</w>"]
+    assert tokens("10!!")[:2] == ["1</w>", "0</w>"]
+    assert tokens("") == []
+
+
+@pytest.mark.parametrize("length", [1, 8, 256])
+def test_t5_tokenizer_equals_transformers(t5_file, length):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(t5_file), pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    ids, mask, cut = tokenize(load_t5_tokenizer(t5_file), PROMPTS, length, pad_id=0)
+    want = theirs(PROMPTS, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    assert torch.equal(ids, want.input_ids)
+    assert torch.equal(mask, want.attention_mask.bool())
+    assert cut == [max(0, len(prompt) - length) for prompt in theirs(PROMPTS).input_ids]
+
+
+def test_tokenize_cuts_and_pads(t5_file):
+    tokenizer = load_t5_tokenizer(t5_file)
+    before = tokenizer.to_str()
+    full = tokenizer.encode("a small red circle").ids
+    n = len(full)
+    ids, mask, cut = tokenize(tokenizer, ["a small red circle", ""], n - 2, pad_id=0)
+    assert ids.tolist() == [full[:n - 3] + [1], [1] + [0] * (n - 3)]
+    assert mask.sum(1).tolist() == [n - 2, 1] and cut == [2, 0]
+    ids, mask, cut = tokenize(tokenizer, ["a small red circle"], n, pad_id=0)
+    assert ids[0].tolist() == full and mask.all() and cut == [0]
+    ids, mask, cut = tokenize(tokenizer, [], 4, pad_id=0)
+    assert ids.shape == mask.shape == (0, 4) and ids.dtype == torch.int64 and mask.dtype == torch.bool and cut == []
+    with pytest.raises(ValueError, match="0 tokens"):
+        tokenize(tokenizer, ["a"], 0, pad_id=0)
+    assert tokenizer.to_str() == before
+
+# =========================================================================================================
+# FLUX.1: transformer and autoencoder against diffusers, names and shapes against the published lists
+
+SMALL = flux_chipmunk.FluxConfig(channels=16, text_dim=24, pooled_dim=20, dim=64, heads=2, double_blocks=2, single_blocks=3,
+                                 axes=(8, 12, 12), guidance=True)
+SMALL_128 = replace(SMALL, dim=256, axes=(16, 56, 56), guidance=False)   # head dimension 128, schnell-like
+
+
+@torch.no_grad()
+def randomise_all(model, seed=0):
+    """Draw every parameter, so that nothing hides at its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.normal_(generator=generator).mul_(0.3 if p.ndim < 2 else p[0].numel() ** -0.5)
+        if "norm" in name and p.ndim == 1 and not name.endswith("bias"):
+            p.add_(1)
+    return model.eval()
+
+
+def assert_near(got, want, tolerance=1e-4):
+    assert got.shape == want.shape
+    assert (got - want).norm() <= tolerance * want.norm(), f"{(got - want).norm() / want.norm():.1e}"
+
+
+def flux_inputs(config, height, width, text_length, batch=1):
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+    return dict(x=randn(batch, height * width, config.channels), t=torch.full((batch,), 0.7), text=randn(batch, text_length, config.text_dim),
+                pooled=randn(batch, config.pooled_dim), guidance=torch.full((batch,), 3.5),
+                layout=flux_chipmunk.make_layout(config, height, width, text_length))
+
+
+def diffusers_flux_weights(ours):
+    """Our (the original's) names and layout -> diffusers'."""
+    theirs = {}
+    simple = {"time_in": "time_text_embed.timestep_embedder", "vector_in": "time_text_embed.text_embedder",
+              "guidance_in": "time_text_embed.guidance_embedder", "txt_in": "context_embedder", "img_in": "x_embedder",
+              "in_layer": "linear_1", "out_layer": "linear_2", "final_layer.linear": "proj_out",
+              "double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks", "modulation.lin": "norm.linear",
+              "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear", "img_attn.proj": "attn.to_out.0",
+              "txt_attn.proj": "attn.to_add_out", "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "linear2": "proj_out",
+              "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2", "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+              "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight", "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+              "img_attn.norm.key_norm.scale": "attn.norm_k.weight", "norm.query_norm.scale": "attn.norm_q.weight",
+              "norm.key_norm.scale": "attn.norm_k.weight"}
+    fused = {"img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+             "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")}
+    for name, p in ours.items():
+        if name.startswith("final_layer.adaLN_modulation.1"):
+            theirs[name.replace("final_layer.adaLN_modulation.1", "norm_out.linear")] = torch.cat(p.chunk(2)[::-1])  # scale first there
+            continue
+        parts = next((new for old, new in fused.items() if old in name), None)
+        if parts:
+            old, dim = next(old for old in fused if old in name), p.shape[0] // (7 if "linear1" in name else 3)
+            pieces = p.split([dim] * 3 + ([4 * dim] if len(parts) == 4 else []))
+            renamed = [(name.replace(old, part), piece) for part, piece in zip(parts, pieces)]
+        else:
+            renamed = [(name, p)]
+        for name, piece in renamed:
+            for old, new in sorted(simple.items(), key=lambda pair: -len(pair[0])):
+                name = re.sub(rf"(^|\.){re.escape(old)}(\.|$)", rf"\g<1>{new}\g<2>", name)
+            theirs[name] = piece
+    return theirs
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_128], ids=["dev-like", "schnell-like, D = 128"])
+@torch.no_grad()
+def test_flux_equals_diffusers(config):
+    diffusers = pytest.importorskip("diffusers")
+    ours = randomise_all(flux_chipmunk.Flux(config))
+    theirs = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=config.channels, num_layers=config.double_blocks, num_single_layers=config.single_blocks,
+        attention_head_dim=config.dim // config.heads, num_attention_heads=config.heads, joint_attention_dim=config.text_dim,
+        pooled_projection_dim=config.pooled_dim, guidance_embeds=config.guidance, axes_dims_rope=config.axes).eval()
+    theirs.load_state_dict(diffusers_flux_weights(ours.state_dict()), strict=True)
+    height, width, text_length = 9, 13, 7
+    inputs = flux_inputs(config, height, width, text_length, batch=2)
+    ids = torch.zeros(height, width, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(height)[:, None], torch.arange(width)
+    want = theirs(hidden_states=inputs["x"], encoder_hidden_states=inputs["text"], pooled_projections=inputs["pooled"],
+                  timestep=inputs["t"], img_ids=ids.view(-1, 3), txt_ids=torch.zeros(text_length, 3),
+                  guidance=inputs["guidance"] if config.guidance else None, return_dict=False)[0]
+    assert_near(ours(**inputs), want)
+
+
+def diffusers_autoencoder_weights(ours, levels):
+    theirs = {}
+    for name, p in ours.items():
+        name = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}", name)
+        for old, new in [("down.", "down_blocks."), ("down_blocks_blocks", "down_blocks"), (".block.", ".resnets."), ("nin_shortcut", "conv_shortcut"),
+                         ("downsample.", "downsamplers.0."), ("upsample.", "upsamplers.0."), ("mid.block_1", "mid_block.resnets.0"),
+                         ("mid.block_2", "mid_block.resnets.1"), ("mid.attn_1", "mid_block.attentions.0"), ("norm_out", "conv_norm_out")]:
+            name = name.replace(old, new)
+        if "attentions" in name:
+            name = name.replace(".norm.", ".group_norm.").replace("proj_out", "to_out.0")
+            name = re.sub(r"\.([qkv])\.", r".to_\1.", name)
+            p = p[:, :, 0, 0] if p.ndim == 4 else p
+        theirs[name] = p
+    return theirs
+
+
+@torch.no_grad()
+def test_autoencoder_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    config = flux_chipmunk.AutoencoderConfig(channels=64, multipliers=(1, 2, 2), blocks=2, z=4)   # 2 channels a group: biases show
+    ours = randomise_all(flux_chipmunk.Autoencoder(config))
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(64, 128, 128), layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, use_quant_conv=False, use_post_quant_conv=False, norm_num_groups=32).eval()
+    theirs.load_state_dict(diffusers_autoencoder_weights(ours.state_dict(), 3), strict=True)
+    picture = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    want = theirs.encode(picture).latent_dist.mean
+    assert_near(ours.encode(picture), config.scale * (want - config.shift))
+    assert_near(ours.decode(config.scale * (want - config.shift)), theirs.decode(want).sample)
+
+
+@pytest.mark.parametrize("model, part, checkpoint", [("dev", "flux", "flux1_dev_bfl"), ("schnell", "flux", "flux1_schnell_bfl"),
+                                                      ("dev", "autoencoder", "flux1_ae_bfl")])
+def test_flux_has_the_published_names_and_shapes(model, part, checkpoint):
+    file = CHECKPOINTS / f"{checkpoint}.json"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    config = flux_chipmunk.CONFIGS[model]
+    with torch.device("meta"):
+        module = flux_chipmunk.Flux(config.flux) if part == "flux" else flux_chipmunk.Autoencoder(config.autoencoder)
+    assert {name: list(p.shape) for name, p in module.state_dict().items()} == json.loads(file.read_text())["tensors"]
+
+
+def test_patches_round_trip():
+    latents = torch.randn(2, 3, 6, 10)
+    x = flux_chipmunk.patchify(latents)
+    assert x.shape == (2, 15, 12)
+    assert torch.equal(x[0, 6], latents[0, :, 2:4, 2:4].flatten())    # token (1, 1) of 3 x 5
+    assert torch.equal(flux_chipmunk.unpatchify(x, 3, 5), latents)
+
+
+def test_sigmas():
+    assert flux_chipmunk.make_sigmas(4, 4096, False).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    sigmas = flux_chipmunk.make_sigmas(50, 4096, True)
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+    assert sigmas[25].item() == pytest.approx(math.exp(1.15) / (math.exp(1.15) + 1))   # the middle: 1 / 0.5 - 1 = 1
+
+
+def test_guidance_is_rounded_as_the_original_does():
+    assert torch.equal(flux_chipmunk.sinusoid(torch.tensor([3.5], dtype=torch.bfloat16)).float(),
+                       flux_chipmunk.sinusoid(torch.tensor([3.504])).to(torch.bfloat16).float())
+
+# =========================================================================================================
+# token order, plan, deltas
+
+
+@pytest.mark.parametrize("grid, blocks", [((32, 32), ((8, 8), (4, 4))), ((13, 21), ((8, 8), (4, 4))), ((3, 5), ((8, 8), (4, 4))),
+                                          ((9, 10, 17), ((4, 4, 8),))])
+def test_token_order(grid, blocks):
+    order = token_order(grid, *blocks)
+    assert torch.equal(order.sort().values, torch.arange(math.prod(grid)))
+    coords = torch.stack(torch.unravel_index(order, grid), dim=-1)              # (N, axes)
+    for block in blocks:                                                        # every run of a block's size fills one block
+        whole = math.prod(n // b * b for n, b in zip(grid, blocks[0]))
+        runs = coords[:whole].view(-1, math.prod(block), len(grid))
+        assert ((runs.amax(1) - runs.amin(1) + 1) == torch.tensor(block)).all()
+    assert (order[whole:].diff() > 0).all()                                     # the rest in raster order
+
+
+def test_plan():
+    plan = make_plan(50, Sparsity(measure=10))
+    assert [s.index for s in plan if s.attn == "measure"] == [1, 10, 20, 30, 40]
+    assert [s.index for s in plan if s.attn == "dense"] == [0]
+    assert [s.index for s in plan if s.mlp == "dense"] == [0, 1, 10, 20, 30, 40]
+    assert [plan[i].mlp for i in (2, 3, 9, 11, 12, 13, 14)] == ["choose"] * 3 + ["choose", "reuse", "choose", "reuse"]
+    plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10)))
+    assert [s.attn for s in plan] == ["dense"] * 3 + ["measure", "sparse", "skip", "sparse", "sparse", "skip", "measure", "skip", "sparse"]
+    assert [s.mlp for s in plan][7:] == ["choose", "skip", "dense", "skip", "choose"]
+    assert [s.attn for s in make_plan(6, Sparsity(measure=(1, 2, 4)))] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
+    assert [s.attn for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4       # nothing sparse would follow
+    assert make_plan(1, Sparsity())[0].attn == "dense"
+    assert make_plan(50, Sparsity()) == make_plan(50, Sparsity())
+    with pytest.raises(ValueError):
+        make_plan(5, Sparsity(skip=(0,)))
+
+
+def run_flux(sparsity, height, width, text_length, steps, config=SMALL, change=True):
+    """-> [(dense v, Chipmunk v)] for every step of a generation of a small random model; both see Chipmunk's x."""
+    model = randomise_all(flux_chipmunk.Flux(config))
+    inputs = flux_inputs(config, height, width, text_length)
+    state = make_state(config.double_blocks + config.single_blocks, sparsity, inputs["layout"].static, seed=0)
+    pairs = []
+    with torch.no_grad():
+        for step in make_plan(steps, sparsity):
+            pairs.append((model(**inputs), model(**inputs, state=state, step=step)))
+            if change:
+                inputs = inputs | {"x": inputs["x"] - 0.1 * pairs[-1][1], "t": inputs["t"] - 0.1}
+    return pairs, state
+
+
+@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("height, width, text_length", [(16, 16, 128), (9, 17, 13), (3, 5, 2)])
+def test_every_column_kept_equals_dense(delta, height, width, text_length):
+    sparsity = Sparsity(attn_keys=1.0, mlp_keys=1.0, mlp_random=0.0, measure=3, delta=delta, dense_layers=1)
+    for dense, ours in run_flux(sparsity, height, width, text_length, steps=7)[0]:
+        assert_near(ours, dense)
+
+
+@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("height, width, text_length", [(16, 16, 128), (9, 17, 13)])
+def test_nothing_changed_equals_dense(delta, height, width, text_length):
+    sparsity = Sparsity(attn_keys=0.1, attn_random=0.02, mlp_keys=0.2, measure=4, delta=delta, dense_layers=1)
+    for dense, ours in run_flux(sparsity, height, width, text_length, steps=6, change=False)[0]:
+        assert_near(ours, dense)
+
+
+def test_few_columns_are_close_and_more_are_closer():
+    def error(keys):
+        sparsity = Sparsity(attn_keys=keys, mlp_keys=keys, mlp_random=0.0, measure=10, dense_layers=1)
+        dense, ours = run_flux(sparsity, 16, 16, 32, steps=6)[0][-1]
+        return ((ours - dense).norm() / dense.norm()).item()
+    errors = [error(keys) for keys in (0.05, 0.3, 0.9)]
+    assert 0.5 > errors[0] > errors[1] > errors[2] > 1e-6
+
+
+def test_skipped_step_reruns_the_final_layer_only():
+    pairs, state = run_flux(Sparsity(skip=(3,), dense_layers=1), 8, 8, 4, steps=5)
+    model, hidden = randomise_all(flux_chipmunk.Flux(SMALL)), []
+    inputs = flux_inputs(SMALL, 8, 8, 4)
+    state = make_state(5, Sparsity(dense_layers=1), inputs["layout"].static, seed=0)
+    plan = make_plan(4, Sparsity(skip=(3,)))
+    with torch.no_grad():
+        for step in plan[:3]:
+            model(**inputs, state=state, step=step)
+        hidden = state.hidden
+        model.double_blocks = model.single_blocks = torch.nn.ModuleList()       # a skipped step cannot have used these
+        later = inputs | {"t": torch.tensor([0.2]), "x": torch.full_like(inputs["x"], float("nan"))}
+        v = model(**later, state=state, step=plan[3])
+        vec = model.time_in(flux_chipmunk.sinusoid(later["t"])) + model.vector_in(later["pooled"]) + model.guidance_in(flux_chipmunk.sinusoid(later["guidance"]))
+        assert torch.equal(v, model.final_layer(hidden, vec)[:, later["layout"].inverse])
+
+
+def test_text_columns_are_always_kept():
+    _, state = run_flux(Sparsity(attn_keys=0.01, dense_layers=1), 16, 16, 40, steps=2)
+    for layer in state.layers[1:]:
+        kept = listed(layer.columns, layer.counts, 40 + 256)
+        assert kept[..., :40].all() and kept.float().mean() < 0.2
+    assert state.layers[0] is None                                              # the first layers are always dense
+
+
+def test_work_done():
+    sparsity = Sparsity(attn_keys=1.0, mlp_keys=1.0, mlp_random=0.0, measure=(1,), dense_layers=1)
+    plan = make_plan(4, sparsity)
+    _, state = run_flux(sparsity, 8, 8, 4, steps=4)
+    attn, mlp, saved = flux_chipmunk.work_done(SMALL, 68, 64, plan, state)
+    assert attn == pytest.approx((4 + 4 * 5) / 20)                              # the measure step counts its kept columns again
+    assert mlp == pytest.approx(1.0) and saved < 0
+
+
+def test_lay_out_for_deltas_changes_no_value():
+    model = randomise_all(flux_chipmunk.Flux(SMALL))
+    inputs = flux_inputs(SMALL, 8, 8, 4)
+    with torch.no_grad():
+        before = model(**inputs)
+        model.lay_out_for_deltas()
+        assert model.single_blocks[0].linear2.weight.t().is_contiguous()
+        assert_near(model(**inputs), before, 1e-6)
+
+# =========================================================================================================
+# the embedded model and the command line
+
+
+def test_scenes_and_what_is_seen_in_them():
+    rng, masks = random.Random(3), bench.shape_masks()
+    scenes = [train_tiny.make_scene(rng) for _ in range(40)]
+    for scene, picture in zip(scenes, train_tiny.draw(scenes, 512)):
+        things, asked, related, relations, background = bench.check(scene, picture, masks)
+        assert things == asked and related == relations and background
+        assert not any(train_tiny.held_out(*c) for c in train_tiny.combinations(scene.things, scene.relation))
+    wrong = [replace(s, things=(replace(s.things[0], colour="red" if s.things[0].colour != "red" else "blue"),)) for s in scenes]
+    assert sum(bench.check(s, p, masks)[0] for s, p in zip(wrong, train_tiny.draw(scenes, 512))) <= 2    # another thing may be it
+    flipped = [replace(s, relation=train_tiny.OPPOSITE[s.relation]) for s in scenes if s.relation]
+    pictures = train_tiny.draw([s for s in scenes if s.relation], 512)
+    assert not any(bench.check(s, p, masks)[2] for s, p in zip(flipped, pictures))
+    unseen = train_tiny.make_scene(rng, train=False, plain=True)
+    first = unseen.things[0]
+    assert train_tiny.held_out(first.colour, first.shape, unseen.relation)
+
+
+def test_psnr_and_ssim():
+    a = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert common.psnr(a, a) == math.inf and common.ssim(a, a) == pytest.approx(1)
+    assert common.psnr(a, a + 0.2) == pytest.approx(20)
+    b = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert abs(common.ssim(a, b)) < 0.1 < 0.9 < common.ssim(a, a + 0.05 * b) < 1
+
+
+def call(monkeypatch, *words):
+    """Run flux_chipmunk.py's command line in this process. -> exit status"""
+    monkeypatch.setattr(sys, "argv", ["flux_chipmunk.py", *map(str, words)])
+    try:
+        common.run(flux_chipmunk.main)
+        return 0
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return stop.code
+
+
+PROMPT = ("--prompt", "a red circle on a blue background")
+FAST = (*PROMPT, "--width", 128, "--height", 96, "--steps", 4, "--device", "cpu")
+
+
+def test_command_line_writes_a_picture_that_can_be_made_again(monkeypatch, tmp_path, capsys):
+    from PIL import Image
+    assert call(monkeypatch, *FAST, "--seed", 7, "--delta", "paper", "--skip-steps", "3", "--out", tmp_path / "a.png") == 0
+    out = capsys.readouterr().out
+    assert "seed 7" in out and "saved" in out
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size == (128, 96) and picture.text["prompt"] == PROMPT[1] and picture.text["seed"] == "7"
+    assert json.loads(picture.text["settings"])["delta"] == "paper"
+    assert call(monkeypatch, *FAST, "--width", 160, "--out", tmp_path / "b.png") == 0           # another size between
+    again = shlex.split(picture.text["command"])[2:]
+    assert call(monkeypatch, *again, "--device", "cpu", "--out", tmp_path / "c.png") == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.png").read_bytes()               # two in one process
+    subprocess.run([sys.executable, flux_chipmunk.__file__, *again, "--device", "cpu", "--out", str(tmp_path / "d.png")], check=True,
+                   env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "d.png").read_bytes()               # and one in another
+
+
+def test_compare_is_dense_beside_chipmunk(monkeypatch, tmp_path, capsys):
+    from PIL import Image
+    assert call(monkeypatch, *FAST, "--compare", "--out", tmp_path / "both.png") == 0
+    assert call(monkeypatch, *FAST, "--dense", "--out", tmp_path / "dense.png") == 0
+    out = capsys.readouterr().out
+    assert "PSNR" in out and "SSIM" in out
+    both, dense = Image.open(tmp_path / "both.png"), Image.open(tmp_path / "dense.png")
+    assert both.size == (256, 96) and both.crop((0, 0, 128, 96)).tobytes() == dense.tobytes()
+
+
+def test_the_picture_says_what_the_prompt_says():
+    """Single things, 256 px wide and high, 20 steps: what the embedded model has learnt must not get lost."""
+    scene = train_tiny.Scene((train_tiny.Thing("red", "square", "", 0, 0, 0),), "", "yellow", "a red square on a yellow background")
+    config = flux_chipmunk.CONFIGS["tiny"]
+    folder, cpu = Path(flux_chipmunk.__file__).parent / config.weights, torch.device("cpu")
+    with torch.no_grad():
+        text, pooled = flux_chipmunk.encode_prompts([scene.caption], config, folder, cpu, torch.float32)
+        flux = flux_chipmunk.load_part("flux", config, folder, cpu, torch.float32)
+        autoencoder = flux_chipmunk.load_part("autoencoder", config, folder, cpu, torch.float32)
+        layout = flux_chipmunk.make_layout(config.flux, 32, 32, config.text_length)
+        noise = flux_chipmunk.patchify(flux_chipmunk.make_noise(config.autoencoder.z, 32, 32, 0).float())
+        sigmas = flux_chipmunk.make_sigmas(20, 1024, True)
+        for sparsity in None, config.sparsity:
+            plan = sparsity and make_plan(20, sparsity)
+            state = sparsity and make_state(8, sparsity, layout.static, 0)
+            x = flux_chipmunk.sample(flux, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
+            picture = autoencoder.decode(flux_chipmunk.unpatchify(x, 32, 32))[0]
+            assert bench.check(scene, picture, bench.shape_masks()) == (1, 1, 0, 0, True)
+
+
+def test_files_are_not_overwritten_unless_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert call(monkeypatch, *FAST) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["flux-2.png", "flux.png"]
+
+
+def test_show_plan(monkeypatch, capsys):
+    assert call(monkeypatch, "--show-plan", "--steps", 12, "--skip-steps", "5", "--measure-steps", "4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and "measure" in lines[2] and "skip" in lines[6]
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--model", "flux2"), "invalid choice"), (("--steps", 0), "whole number from 1"), (("--steps", -3), "whole number"),
+    (("--steps", "many"), "whole number"), (("--width", 0), "from 64"), (("--height", 10**9), "to 4096"), (("--guidance", "nan"), "number from 0"),
+    (("--seed", -1), "whole number"), (("--attn-keys", 1.5), "number from 0"), (("--mlp-keys", "inf"), "number from 0"),
+    (("--skip-steps", "0,3"), "step 0 cannot be skipped"), (("--skip-steps", "x"), "step numbers"), (("--measure-steps", "0"), "every 0 steps"),
+    (("--measure-steps", ""), "step numbers"), (("--prompt", ""), "no prompt"), (("--prompt", " \n"), "no prompt"),
+    (("--dense", "--compare"), "exclude"), (("--device", "cuda:77"), "no device"), (("--device", "toaster"), "no device"),
+    (("--out", "nowhere/a.png"), "no folder"), (("--out", "a.jpg"), "must end in .png"), (("--out", "."), "must end in .png"),
+    (("--weights", "nowhere"), "no folder nowhere"), (("--weights", "."), "has no tokenizer_2"), (("--dtype", "int8"), "invalid choice"),
+    (("--bogus",), "unrecognized"),
+])
+def test_bad_words_end_in_one_line(monkeypatch, tmp_path, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *PROMPT, "--device", "cpu", *words) not in (0, None)
+    error = capsys.readouterr().err.strip()
+    assert says in error and error.startswith("error: ") and "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_adjusted_words_are_said(monkeypatch, tmp_path, capsys):
+    words = ("--prompt", "a red circle " * 100, "--width", 100, "--height", 64, "--steps", 1, "--device", "cpu", "--out", tmp_path / "a.png")
+    assert call(monkeypatch, *words) == 0
+    notes = capsys.readouterr().err
+    assert "width 100 rounded to 96" in notes and "too long for T5" in notes and "too long for CLIP" in notes
+
+
+@pytest.fixture
+def broken_weights(tmp_path):
+    """A copy of the embedded weights to break."""
+    folder = tmp_path / "weights"
+    shutil.copytree(Path(flux_chipmunk.__file__).parent / flux_chipmunk.CONFIGS["tiny"].weights, folder)
+    return folder
+
+
+def test_bad_weights_are_named(monkeypatch, capsys, broken_weights):
+    def error(*words):
+        assert call(monkeypatch, *FAST, "--weights", broken_weights, *words, "--out", broken_weights / "x.png") not in (0, None)
+        assert not (broken_weights / "x.png").exists()
+        line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(line) == 1
+        return line[0]
+    flux, autoencoder = broken_weights / "flux1-tiny.safetensors", broken_weights / "ae.safetensors"
+    whole = flux.read_bytes()
+    flux.write_bytes(whole[:len(whole) // 2])
+    assert "flux1-tiny.safetensors is no complete safetensors file" in error()
+    flux.write_bytes(autoencoder.read_bytes())
+    assert "lacks the tensor double_blocks.0" in error() or "too many" in error()
+    tensors = load(whole)
+    save_file(tensors | {"extra": torch.zeros(1)}, flux)
+    assert "extra too many" in error()
+    save_file(tensors | {"img_in.bias": torch.zeros(3)}, flux)
+    assert "img_in.bias is [3], not [192]" in error()
+    flux.unlink()
+    assert "has no flux1-tiny.safetensors" in error()
+    (broken_weights / "tokenizer_2" / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in error()
+
+
+@pytest.mark.parametrize("problem, says", [
+    ("GatedRepoError", "accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev"), ("RepositoryNotFoundError", "no Hugging Face repository"),
+    ("LocalEntryNotFoundError", "check the network"), ("EntryNotFoundError", "lacks a file"), ("OSError", "run again to go on")])
+def test_hub_problems_end_in_one_line(monkeypatch, capsys, problem, says):
+    import huggingface_hub.errors
+    kind = OSError if problem == "OSError" else getattr(huggingface_hub.errors, problem)
+    error = kind.__new__(kind)                                                  # their constructors want a whole web response
+    Exception.__init__(error, "the hub said no")
+
+    def no(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no)
+    assert call(monkeypatch, *PROMPT, "--model", "dev", "--device", "cpu") not in (0, None)
+    error = capsys.readouterr().err.strip()
+    assert says in error and "\n" not in error
+
+
+def test_too_little_memory_unwritable_folder_full_disk_and_ctrl_c(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "a.png"
+
+    def error():
+        code = call(monkeypatch, *FAST, "--out", out)
+        assert code not in (0, None) and not list(tmp_path.iterdir())
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    with monkeypatch.context() as m:
+        m.setattr(common, "free_memory", lambda device: 27e6)
+        assert "GB free, but this needs" in error() and "--dense" in error()
+    with monkeypatch.context() as m:
+        m.setattr(common.os, "access", lambda path, mode: False)
+        assert "cannot be written" in error()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        from PIL import Image
+        m.setattr(Image.Image, "save", full)
+        assert "No space left" in error()
+    with monkeypatch.context() as m:
+        m.setattr(flux_chipmunk, "sample", interrupt)
+        assert "interrupted" in error()

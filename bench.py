@@ -7,7 +7,6 @@ score draws captions whose combination of colour, shape and relation was held ou
 asked-for thing in the pixels: which palette colour is where, in one piece, and which shape fills its bounding box best.
 """
 import argparse
-import platform
 import random
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
-from cache import SKIP_PRESETS, make_plan, make_state, scale_steps
+from cache import make_plan, make_state
 from flux_chipmunk import (CONFIGS, encode_prompts, load_part, make_layout, make_noise, make_sigmas, patchify, sample,
                            unpatchify)
 from train_tiny import COLOURS, SHAPES, Scene, Thing, draw, holds, make_scene
@@ -110,13 +109,13 @@ def score(args):
     layout = make_layout(config.flux, size, size, config.text_length, device)
     sigmas = make_sigmas(config.steps, size * size, config.shift)
 
-    variants = {"dense": None}
-    for delta in "mass", "paper":
-        for skip in "none", "flux":
-            variants[f"delta={delta}" + (", step caching" if skip != "none" else "")] = replace(
-                config.sparsity, delta=delta, skip=scale_steps(SKIP_PRESETS[skip], config.steps))
+    def variant(**changes):
+        return common.place_steps(replace(config.sparsity, **changes), config.steps, config.steps)
+    variants = {"dense": None, "delta=mass": variant(delta="mass", skip="none"), "delta=mass, step caching": variant(delta="mass"),
+                "delta=paper": variant(delta="paper", skip="none"), "delta=paper, step caching": variant(delta="paper"),
+                "delta=paper, the original's measure steps": variant(delta="paper", skip="none", measure=10)}
     totals = {name: [0] * 5 for name in variants}
-    noises = {name: [] for name in variants}
+    likeness = {name: [] for name in variants}
     seconds = dict.fromkeys(variants, 0.0)
     for i, scene in enumerate(tqdm(scenes, "captions")):
         noise = patchify(make_noise(config.autoencoder.z, size, size, i).to(device, torch.float32))
@@ -130,15 +129,16 @@ def score(args):
             totals[name] = [a + b for a, b in zip(totals[name], check(scene, picture[0], masks))]
             if name == "dense":
                 dense = picture
-            noises[name].append((common.psnr(dense, picture), common.ssim(dense, picture)))
+            likeness[name].append((common.psnr(dense, picture), common.ssim(dense, picture)))
 
-    print(f"| tiny, {args.captions} captions, {config.steps} steps | things right | relations right | backgrounds right | PSNR to dense | SSIM |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(f"| tiny, {args.captions} captions, {config.steps} steps | things right | relations right | backgrounds right | PSNR to dense | SSIM | time |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (things, asked, related, relations, background) in totals.items():
-        quality = "| - | - |" if name == "dense" else "| {:.2f} dB | {:.4f} |".format(*(sum(q) / len(q) for q in zip(*noises[name])))
-        print(f"| {name} | {things / asked:.1%} | {related / max(1, relations):.1%} | {background / args.captions:.1%} {quality}")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
-    print(f"\n{where}, torch {torch.__version__}")
+        quality = "- | -" if name == "dense" else "{:.2f} dB | {:.4f}".format(*(sum(q) / len(q) for q in zip(*likeness[name])))
+        print(f"| {name} | {things / asked:.1%} | {related / max(1, relations):.1%} | {background / args.captions:.1%} | {quality} | "
+              f"{seconds[name] / args.captions:.1f} s |")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"\n{where}, torch {torch.__version__}, transformer and decoder, float32")
 
 
 def main():

@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from sparse_kernels import (GROUP, add_columns, attention, attention_with_column_mass, choose_columns,
                             sparse_mlp_fc1, sparse_mlp_fc2, split_off_columns)
 
-# Steps of 50 to skip. "video" is the original's list for HunyuanVideo and Wan2.1; "flux" is ours.
-SKIP_PRESETS = {"none": (), "flux": (12, 14, 16, 18, 22, 24, 26, 28, 32, 34, 36, 38, 42, 44, 46),
-                "video": (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35,
-                          37, 38, 39, 41, 42, 43)}
+# Steps of 50 that the original skips on HunyuanVideo and Wan2.1.
+VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
+SKIP_PRESETS = ("none", "alternate", "video")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Sparsity:
     mlp_random: float = 0.05
     measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
     mlp_reuse: int = 2               # from step 10 on, chosen MLP columns serve this many steps
-    skip: tuple = ()                 # steps that rerun the final layer only
+    skip: tuple | str = ()           # steps that rerun the final layer only, unless they measure; a preset's name in a preset
     delta: str = "mass"              # "mass" | "paper"
     dense_layers: int = 2            # the first layers are always dense
 
@@ -58,14 +57,14 @@ def make_plan(steps, sparsity):
     """What each of `steps` steps does. Pure: same arguments, same plan. -> list[Step]
 
     Attention is dense until the first measure step (which needs the log-sum-exp of a dense step before it), and the MLP
-    is recomputed in full whenever attention is. A measure step that would be skipped is made up for at the next step;
-    one that no sparse step follows is merely dense. Raises ValueError where step 0 is to be skipped."""
+    is recomputed in full whenever attention is. A measure step is never skipped; one that no sparse step follows is
+    merely dense. Raises ValueError where step 0 is to be skipped."""
     if 0 in sparsity.skip:
         raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
-    measure = {1, *range(0, steps, sparsity.measure)} if isinstance(sparsity.measure, int) else set(sparsity.measure)
-    computed = [i for i in range(steps) if i not in sparsity.skip]
-    full = {next((i for i in computed if i >= m), 0) for m in measure} - {0}
-    sparse = {i for i in computed if i not in full and i > min(full, default=steps)}
+    full = {1, *range(0, steps, sparsity.measure)} if isinstance(sparsity.measure, int) else set(sparsity.measure)
+    first = min(full - {0}, default=steps)
+    computed = [i for i in range(steps) if i in full or i not in sparsity.skip]
+    sparse = {i for i in computed if i > first and i not in full}
     plan, age = {i: Step(i, "skip", "skip") for i in range(steps)}, 0
     for i, following in zip(computed, computed[1:] + [None]):
         attn = "sparse" if i in sparse else "measure" if following in sparse else "dense"
@@ -75,9 +74,16 @@ def make_plan(steps, sparsity):
     return list(plan.values())
 
 
-def scale_steps(listed, steps, made_for=50):
-    """Step numbers that were placed for `made_for` steps, placed alike in a run of `steps`. -> tuple"""
-    return tuple(sorted({round(i * steps / made_for) for i in listed} - {0}))
+def place_measures(listed, steps, made_for):
+    """Measure steps that were chosen for `made_for` steps, placed alike in a run of `steps`. -> tuple"""
+    return tuple(sorted({max(1, round(i * steps / made_for)) for i in listed}))
+
+
+def place_skips(name, steps):
+    """The steps that one of SKIP_PRESETS skips in a run of `steps`. -> tuple"""
+    if name == "alternate":
+        return tuple(range(max(2, round(0.24 * steps)), steps - 2, 2))           # every second one of the last three quarters
+    return tuple(i for i in range(1, steps) if round(i * 50 / steps) in VIDEO_SKIPS) if name == "video" else ()
 
 
 @dataclass
@@ -140,15 +146,17 @@ def chipmunk_attention(q, k, v, state, step):
 def chipmunk_mlp(x, w1, b1, w2, b2, state, step):
     """W2 gelu(W1 x + b1) + b2, with x (B, N, C), w1 (F, C), w2 (C, F): dense without state, else as `step` says.
     -> (B, N, C), which the next step updates in place: use it before then."""
-    if state is None or not state.sparsity.mlp_keys:
+    if state is None:
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
     rows = x.shape[1]
     if step.mlp == "dense":
-        state.act = F.gelu(F.linear(x, w1, b1), approximate="tanh")              # (B, N, F)
-        state.out = F.linear(state.act, w2, b2)                                  # (B, N, C)
-        state.pre = F.linear(group_means(x), w1, b1)                             # (B, G, F)
+        act = F.gelu(F.linear(x, w1, b1), approximate="tanh")                    # (B, N, F)
+        out = F.linear(act, w2, b2)                                              # (B, N, C)
+        if state.sparsity.mlp_keys:
+            state.act, state.out = act, out
+            state.pre = F.linear(group_means(x), w1, b1)                         # (B, G, F)
         state.mlp_work += rows
-        return state.out
+        return out
     if step.mlp == "choose":
         pre = F.linear(group_means(x), w1, b1)                                   # (B, G, F)
         moved = (pre - state.pre).abs().float()[:, None]                         # (B, 1, G, F)

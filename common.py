@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cache import SKIP_PRESETS, scale_steps
+from cache import SKIP_PRESETS, place_measures, place_skips
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Tensors that some exports carry twice or that are no weights; every other name must be the model's.
@@ -43,7 +43,7 @@ def run(main):
     except Fail as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                                          # `... | head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,28 +120,27 @@ def make_parser(doc, configs):
     add("--measure-steps", type=measure_steps, metavar="N|LIST",
         help="choose attention columns anew every N steps, or at the listed steps (1,2,4,7)")
     add("--skip-steps", type=skip_steps, metavar="LIST|NAME",
-        help=f"step caching: these steps rerun only the final layer; a list or one of {', '.join(SKIP_PRESETS)} (placed for 50 steps, scaled to --steps)")
+        help=f"step caching: these steps rerun only the final layer; a list, or one of {', '.join(SKIP_PRESETS)}")
     add("--show-plan", action="store_true", help="print what every step does, then stop")
     return parser
 
 
 def chosen_sparsity(args, sparsity, steps, made_for):
-    """The preset, its step lists moved from `made_for` steps to `steps`, with what the command line says instead.
+    """The preset, which lists steps of `made_for`, for a run of `steps`, with what the command line says instead.
     Raises Fail where step 0 is to be skipped."""
-    sparsity = place_steps(sparsity, steps, made_for)
     said = {"delta": args.delta, "attn_keys": args.attn_keys, "mlp_keys": getattr(args, "mlp_keys", None), "measure": args.measure_steps}
-    skip = sparsity.skip if args.skip_steps is None else args.skip_steps
-    if isinstance(skip, str):
-        skip = scale_steps(SKIP_PRESETS[skip], steps)
-    if 0 in skip:
-        raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
-    return replace(sparsity, skip=skip, **{name: value for name, value in said.items() if value is not None})
+    sparsity = place_steps(sparsity, steps, made_for)
+    if args.skip_steps is not None:
+        said["skip"] = place_skips(args.skip_steps, steps) if args.skip_steps in SKIP_PRESETS else args.skip_steps
+        if 0 in said["skip"]:
+            raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
+    return replace(sparsity, **{name: value for name, value in said.items() if value is not None})
 
 
 def place_steps(sparsity, steps, made_for):
-    """A preset made for `made_for` steps, its listed steps placed alike in a run of `steps`."""
-    measure = sparsity.measure if isinstance(sparsity.measure, int) else scale_steps(sparsity.measure, steps, made_for)
-    return replace(sparsity, measure=measure, skip=scale_steps(sparsity.skip, steps, made_for))
+    """A preset that lists steps of `made_for` and names what to skip -> the same with the steps of a run of `steps`."""
+    measure = sparsity.measure if isinstance(sparsity.measure, int) else place_measures(sparsity.measure, steps, made_for)
+    return replace(sparsity, measure=measure, skip=place_skips(sparsity.skip, steps))
 
 
 def show_plan(plan):
@@ -155,6 +154,16 @@ def round_size(name, pixels, multiple=16):
     if rounded != pixels:
         note(f"{name} {pixels} rounded to {rounded}, a multiple of {multiple}")
     return rounded
+
+
+def check_prompt(prompt):
+    """Raises Fail where there is nothing to draw."""
+    if not (prompt or "").strip():
+        raise Fail('no prompt; say what to draw: --prompt "a red circle on a blue background"')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise Fail("the prompt is no valid UTF-8; check the terminal's encoding") from None
 
 
 def pick_device(text):

@@ -79,9 +79,10 @@ class Config:
     licence: str = ""          # the page to accept before the Hub gives the weights
 
 
-# Columns as in the original's preset for FLUX.1-dev. It measures every 10 steps (--measure-steps 10); early steps change
-# fastest, so ours measures as often but earlier, which is worth 10 dB PSNR to dense (README).
-FLUX_SPARSITY = Sparsity(attn_keys=0.165, attn_random=0.0, mlp_keys=0.30, mlp_random=0.05, measure=(1, 2, 4, 7, 12, 20, 30, 40))
+# Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps change
+# fastest, so ours measures early; the README's table says what that, the delta and the skipped steps do to the picture.
+FLUX_SPARSITY = Sparsity(attn_keys=0.165, attn_random=0.0, mlp_keys=0.30, mlp_random=0.05, delta="paper",
+                         measure=(1, 2, 4, 7, 12, 20, 30, 40), skip="alternate")
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
               "t5": ("text_encoder_2/model-00001-of-00002.safetensors", "text_encoder_2/model-00002-of-00002.safetensors")}
@@ -101,7 +102,7 @@ CONFIGS = {
     "schnell": Config(
         weights="black-forest-labs/FLUX.1-schnell", files=REAL_FILES | {"flux": ("flux1-schnell.safetensors",)},
         flux=replace(FLUX_12B, guidance=False), autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
-        text_length=256, size=1024, steps=4, guidance=0.0, shift=False, sparsity=replace(FLUX_SPARSITY, measure=(1,))),
+        text_length=256, size=1024, steps=4, guidance=0.0, shift=False, sparsity=replace(FLUX_SPARSITY, measure=(1,), skip="none")),
     "dev": Config(
         weights="black-forest-labs/FLUX.1-dev", files=REAL_FILES | {"flux": ("flux1-dev.safetensors",)},
         flux=FLUX_12B, autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
@@ -463,11 +464,9 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, pictures, generator=None):
-        """pictures (B, 3, 8h, 8w) in -1..1 -> latents (B, z, h, w): the mean, or a sample when given a generator."""
-        mean, logvar = self.encoder(pictures).chunk(2, dim=1)        # (B, z, h, w) each
-        if generator is not None:
-            mean = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    def encode(self, pictures):
+        """pictures (B, 3, 8h, 8w) in -1..1 -> latents (B, z, h, w): the mean of their distribution, scaled."""
+        mean, _ = self.encoder(pictures).chunk(2, dim=1)             # (B, z, h, w): mean and log variance
         return self.config.scale * (mean - self.config.shift)
 
     def decode(self, latents):
@@ -539,12 +538,11 @@ def encode_prompts(prompts, config, folder, device, dtype):
     return text, pooled
 
 
-def load_part(part, config, folder, device, dtype, caches=0):
+def load_part(part, config, folder, device, dtype):
     """One of the four networks, with its weights."""
     make = {"flux": lambda: Flux(config.flux), "autoencoder": lambda: Autoencoder(config.autoencoder),
             "t5": lambda: T5Encoder(config.t5), "clip": lambda: CLIPTextEncoder(config.clip)}[part]
     files = common.weight_files(folder, config.files[part], config.licence)
-    common.check_memory(files, dtype, device, caches)
     return common.load_weights(make, files, device, dtype)
 
 
@@ -583,8 +581,7 @@ def main():
         return common.show_plan(plan)
 
     # everything that can be wrong is found before the first weight is loaded
-    if not (args.prompt or "").strip():
-        raise common.Fail('no prompt; say what to draw: --prompt "a red circle on a blue background"')
+    common.check_prompt(args.prompt)
     if args.dense and args.compare:
         raise common.Fail("--dense and --compare exclude each other; --compare draws both")
     height = common.round_size("height", args.height or config.size)
@@ -597,12 +594,15 @@ def main():
     folder = args.weights or (Path(__file__).parent / config.weights if args.model == "tiny" else config.weights)
     out = common.check_out(args.out, "flux", (".png",))
 
+    h, w = height // 16, width // 16                                 # in tokens
+    caches = 0 if args.dense else cache_bytes(config.flux, config.text_length + h * w, dtype)
+    for part, names in config.files.items():
+        common.check_memory(common.weight_files(folder, names, config.licence), dtype, device, caches if part == "flux" else 0)
+
     start = time.perf_counter()
     text, pooled = encode_prompts([args.prompt], config, folder, device, dtype)
-    h, w = height // 16, width // 16                                 # in tokens
     layout = make_layout(config.flux, h, w, config.text_length, device)
-    caches = 0 if args.dense else cache_bytes(config.flux, config.text_length + h * w, dtype)
-    flux = load_part("flux", config, folder, device, dtype, caches)
+    flux = load_part("flux", config, folder, device, dtype)
     if not args.dense:
         flux.lay_out_for_deltas()
     noise = patchify(make_noise(config.autoencoder.z, h, w, args.seed).to(device, dtype))                # (1, N, 4 z)

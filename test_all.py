@@ -31,7 +31,7 @@ import common
 import flux_chipmunk
 import sparse_kernels as sk
 import train_tiny
-from cache import Sparsity, listed, make_plan, make_state
+from cache import VIDEO_SKIPS, Sparsity, listed, make_plan, make_state, place_measures, place_skips
 from text_encoders import (CLIP_L, T5_XXL, UMT5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder,
                            load_clip_tokenizer, load_t5_tokenizer, relative_position_buckets, tokenize)
 from voxel import token_order
@@ -956,13 +956,17 @@ def test_plan():
     assert [s.index for s in plan if s.attn == "dense"] == [0]
     assert [s.index for s in plan if s.mlp == "dense"] == [0, 1, 10, 20, 30, 40]
     assert [plan[i].mlp for i in (2, 3, 9, 11, 12, 13, 14)] == ["choose"] * 3 + ["choose", "reuse", "choose", "reuse"]
-    plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10)))
-    assert [s.attn for s in plan] == ["dense"] * 3 + ["measure", "sparse", "skip", "sparse", "sparse", "skip", "measure", "skip", "sparse"]
-    assert [s.mlp for s in plan][7:] == ["choose", "skip", "dense", "skip", "choose"]
+    plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10)))             # 8 measures all the same
+    assert [s.attn for s in plan] == ["dense"] * 3 + ["measure", "sparse", "skip", "sparse", "sparse", "measure", "sparse", "skip", "sparse"]
+    assert [s.mlp for s in plan][7:] == ["choose", "dense", "choose", "skip", "reuse"]
     assert [s.attn for s in make_plan(6, Sparsity(measure=(1, 2, 4)))] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
     assert [s.attn for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4       # nothing sparse would follow
     assert make_plan(1, Sparsity())[0].attn == "dense"
     assert make_plan(50, Sparsity()) == make_plan(50, Sparsity())
+    assert place_measures((1, 2, 4, 7, 12, 20, 30, 40), 50, 50) == (1, 2, 4, 7, 12, 20, 30, 40)
+    assert place_measures((1, 2, 4, 7, 12, 20, 30, 40), 25, 50) == (1, 2, 4, 6, 10, 15, 20)
+    assert place_skips("video", 50) == VIDEO_SKIPS and place_skips("none", 50) == ()
+    assert place_skips("alternate", 50) == tuple(range(12, 48, 2)) and place_skips("alternate", 4) == ()
     with pytest.raises(ValueError):
         make_plan(5, Sparsity(skip=(0,)))
 
@@ -1038,6 +1042,10 @@ def test_work_done():
     attn, mlp, saved = flux_chipmunk.work_done(SMALL, 68, 64, plan, state)
     assert attn == pytest.approx((4 + 4 * 5) / 20)                              # the measure step counts its kept columns again
     assert mlp == pytest.approx(1.0) and saved < 0
+    sparsity = Sparsity(attn_keys=0.1, mlp_keys=0, measure=(1,), dense_layers=1)           # the MLP left dense
+    _, state = run_flux(sparsity, 8, 8, 4, steps=4)
+    _, mlp, saved = flux_chipmunk.work_done(SMALL, 68, 64, make_plan(4, sparsity), state)
+    assert mlp == 1 and 0 < saved < 0.1
 
 
 def test_lay_out_for_deltas_changes_no_value():
@@ -1133,7 +1141,7 @@ def test_the_picture_says_what_the_prompt_says():
         layout = flux_chipmunk.make_layout(config.flux, 32, 32, config.text_length)
         noise = flux_chipmunk.patchify(flux_chipmunk.make_noise(config.autoencoder.z, 32, 32, 0).float())
         sigmas = flux_chipmunk.make_sigmas(20, 1024, True)
-        for sparsity in None, config.sparsity:
+        for sparsity in None, common.place_steps(config.sparsity, 20, config.steps):
             plan = sparsity and make_plan(20, sparsity)
             state = sparsity and make_state(8, sparsity, layout.static, 0)
             x = flux_chipmunk.sample(flux, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
@@ -1160,9 +1168,9 @@ def test_show_plan(monkeypatch, capsys):
     (("--seed", -1), "whole number"), (("--attn-keys", 1.5), "number from 0"), (("--mlp-keys", "inf"), "number from 0"),
     (("--skip-steps", "0,3"), "step 0 cannot be skipped"), (("--skip-steps", "x"), "step numbers"), (("--measure-steps", "0"), "every 0 steps"),
     (("--measure-steps", ""), "step numbers"), (("--prompt", ""), "no prompt"), (("--prompt", " \n"), "no prompt"),
-    (("--dense", "--compare"), "exclude"), (("--device", "cuda:77"), "no device"), (("--device", "toaster"), "no device"),
+    (("--prompt", "caf\udce9"), "no valid UTF-8"), (("--dense", "--compare"), "exclude"), (("--device", "cuda:77"), "no device"), (("--device", "toaster"), "no device"),
     (("--out", "nowhere/a.png"), "no folder"), (("--out", "a.jpg"), "must end in .png"), (("--out", "."), "must end in .png"),
-    (("--weights", "nowhere"), "no folder nowhere"), (("--weights", "."), "has no tokenizer_2"), (("--dtype", "int8"), "invalid choice"),
+    (("--weights", "nowhere"), "no folder nowhere"), (("--weights", "."), "has no "), (("--dtype", "int8"), "invalid choice"),
     (("--bogus",), "unrecognized"),
 ])
 def test_bad_words_end_in_one_line(monkeypatch, tmp_path, capsys, words, says):
@@ -1208,6 +1216,7 @@ def test_bad_weights_are_named(monkeypatch, capsys, broken_weights):
     assert "img_in.bias is [3], not [192]" in error()
     flux.unlink()
     assert "has no flux1-tiny.safetensors" in error()
+    flux.write_bytes(whole)
     (broken_weights / "tokenizer_2" / "tokenizer.json").write_text("{")
     assert "tokenizer.json" in error()
 

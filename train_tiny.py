@@ -28,6 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import nn
 from tqdm import tqdm
 
+import common
 from flux_chipmunk import CONFIGS, Autoencoder, Flux, make_layout, patchify
 from text_encoders import CLIPTextEncoder, T5Encoder, load_clip_tokenizer, load_t5_tokenizer, tokenize
 
@@ -408,13 +409,13 @@ def train_flux(folder, work, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["flux"])
     parser.add_argument("--work", type=Path, default=Path("train"), help="folder of the checkpoints (default: train)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    train_flux(Path(CONFIGS["tiny"].weights), args.work, torch.device(args.device))
+    train_flux(Path(__file__).parent / CONFIGS["tiny"].weights, args.work, common.pick_device(args.device))
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -15,7 +15,7 @@ group's mean token moved most, recompute those, and add (new - old) W2[:, f] to 
 The plan of steps is a pure function (make_plan), and the caller owns the state (ModelState, one per generation and per
 guidance branch). Source: arXiv 2506.03275, sections 3 and 4.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,9 @@ class Sparsity:
     mlp_keys: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
     mlp_random: float = 0.05
     measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
-    mlp_reuse: int = 2               # from step 10 on, chosen MLP columns serve this many steps
-    skip: tuple | str = ()           # steps that rerun the final layer only, unless they measure; a preset's name in a preset
-    delta: str = "mass"              # "mass" | "paper"
+    mlp_reuse: int = 2               # after step 10, chosen MLP columns serve this many steps
+    skip: tuple | str = ()           # steps that rerun the final layer only, unless they measure; or one of SKIP_PRESETS
+    delta: str = "paper"             # "mass" | "paper"
     dense_layers: int = 2            # the first layers are always dense
 
 
@@ -53,8 +53,24 @@ class Step:
         return self.attn == "skip"
 
 
+def fit_steps(sparsity, steps, made_for=50):
+    """A preset, which lists steps of a run of `made_for` and may name the steps to skip, for a run of `steps`."""
+    measure, skip = sparsity.measure, sparsity.skip
+    if not isinstance(measure, int):
+        measure = tuple(sorted({max(1, round(i * steps / made_for)) for i in measure}))
+    return replace(sparsity, measure=measure, skip=skip_preset(skip, steps) if isinstance(skip, str) else skip)
+
+
+def skip_preset(name, steps):
+    """The steps that one of SKIP_PRESETS skips in a run of `steps`. -> tuple"""
+    if name == "alternate":
+        return tuple(range(max(2, round(0.24 * steps)), steps - 2, 2))           # every second one of the last three quarters
+    return tuple(i for i in range(1, steps) if round(i * 50 / steps) in VIDEO_SKIPS) if name == "video" else ()
+
+
 def make_plan(steps, sparsity):
-    """What each of `steps` steps does. Pure: same arguments, same plan. -> list[Step]
+    """What each of `steps` steps does, for a sparsity that fits them (fit_steps). Pure: same arguments, same plan.
+    -> list[Step]
 
     Attention is dense until the first measure step (which needs the log-sum-exp of a dense step before it), and the MLP
     is recomputed in full whenever attention is. A measure step is never skipped; one that no sparse step follows is
@@ -72,18 +88,6 @@ def make_plan(steps, sparsity):
         mlp = "dense" if age == 0 or not sparsity.mlp_keys else "reuse" if i > 10 and (age - 1) % sparsity.mlp_reuse else "choose"
         plan[i] = Step(i, attn, mlp)
     return list(plan.values())
-
-
-def place_measures(listed, steps, made_for):
-    """Measure steps that were chosen for `made_for` steps, placed alike in a run of `steps`. -> tuple"""
-    return tuple(sorted({max(1, round(i * steps / made_for)) for i in listed}))
-
-
-def place_skips(name, steps):
-    """The steps that one of SKIP_PRESETS skips in a run of `steps`. -> tuple"""
-    if name == "alternate":
-        return tuple(range(max(2, round(0.24 * steps)), steps - 2, 2))           # every second one of the last three quarters
-    return tuple(i for i in range(1, steps) if round(i * 50 / steps) in VIDEO_SKIPS) if name == "video" else ()
 
 
 @dataclass
@@ -145,7 +149,8 @@ def chipmunk_attention(q, k, v, state, step):
 
 def chipmunk_mlp(x, w1, b1, w2, b2, state, step):
     """W2 gelu(W1 x + b1) + b2, with x (B, N, C), w1 (F, C), w2 (C, F): dense without state, else as `step` says.
-    -> (B, N, C), which the next step updates in place: use it before then."""
+    -> (B, N, C), which the next step updates in place: use it before then. On a GPU w2 must be stored column after
+    column (Flux.lay_out_for_deltas)."""
     if state is None:
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
     rows = x.shape[1]

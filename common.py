@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cache import SKIP_PRESETS, place_measures, place_skips
+from cache import SKIP_PRESETS, fit_steps, skip_preset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Tensors that some exports carry twice or that are no weights; every other name must be the model's.
@@ -48,8 +48,10 @@ def run(main):
     except BrokenPipeError:                                          # `... | head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full; --dense needs no caches, a smaller --width and --height need less of everything")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory; --dense needs no caches, a smaller --width and --height need less of everything")
 
 # ---------------------------------------------------------------------------------------------------------
 # the command line
@@ -75,7 +77,7 @@ def number(kind, low, high):
 
 def step_list(text):
     try:
-        steps = tuple(int(s) for s in text.split(","))
+        steps = tuple(int(s) for s in text.removesuffix(",").split(","))
     except ValueError:
         steps = (-1,)
     if min(steps) < 0:
@@ -84,7 +86,7 @@ def step_list(text):
 
 
 def measure_steps(text):
-    """"10": every tenth step. "1,2,4,7": those."""
+    """"10": every tenth step. "1,2,4,7": those. "10,": step 10 alone."""
     steps = step_list(text)
     if steps == (0,):
         raise argparse.ArgumentTypeError("'every 0 steps' means nothing; give a number from 1 or a list like 1,2,4,7")
@@ -103,8 +105,8 @@ def make_parser(doc, configs):
     add("--model", choices=list(configs), default="tiny",
         help="tiny: trained weights that come with this repository; others are downloaded (default: tiny)")
     add("--weights", metavar="DIR_OR_REPO", help="take the weights from this folder or Hugging Face repository instead")
-    add("--width", type=number(int, 64, 4096), help="pixels, rounded to a multiple of 16 (default: the model's)")
-    add("--height", type=number(int, 64, 4096))
+    add("--width", type=number(int, 64, 2048), help="pixels, rounded to a multiple of 16 (default: the model's)")
+    add("--height", type=number(int, 64, 2048), help="likewise")
     add("--steps", type=number(int, 1, 1000), help="denoising steps (default: the model's)")
     add("--guidance", type=number(float, 0, 100), help="how strictly to follow the prompt (default: the model's)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same machine: same file (default: 0)")
@@ -118,7 +120,7 @@ def make_parser(doc, configs):
     add("--delta", choices=["mass", "paper"], help="how the remembered part of attention is added (cache.py)")
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE", help="attention columns recomputed at a sparse step, 0 to 1")
     add("--measure-steps", type=measure_steps, metavar="N|LIST",
-        help="choose attention columns anew every N steps, or at the listed steps (1,2,4,7)")
+        help="choose attention columns anew every N steps, or at the listed steps (1,2,4,7; a single one: 5,)")
     add("--skip-steps", type=skip_steps, metavar="LIST|NAME",
         help=f"step caching: these steps rerun only the final layer; a list, or one of {', '.join(SKIP_PRESETS)}")
     add("--show-plan", action="store_true", help="print what every step does, then stop")
@@ -127,20 +129,16 @@ def make_parser(doc, configs):
 
 def chosen_sparsity(args, sparsity, steps, made_for):
     """The preset, which lists steps of `made_for`, for a run of `steps`, with what the command line says instead.
-    Raises Fail where step 0 is to be skipped."""
-    said = {"delta": args.delta, "attn_keys": args.attn_keys, "mlp_keys": getattr(args, "mlp_keys", None), "measure": args.measure_steps}
-    sparsity = place_steps(sparsity, steps, made_for)
-    if args.skip_steps is not None:
-        said["skip"] = place_skips(args.skip_steps, steps) if args.skip_steps in SKIP_PRESETS else args.skip_steps
-        if 0 in said["skip"]:
-            raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
-    return replace(sparsity, **{name: value for name, value in said.items() if value is not None})
-
-
-def place_steps(sparsity, steps, made_for):
-    """A preset that lists steps of `made_for` and names what to skip -> the same with the steps of a run of `steps`."""
-    measure = sparsity.measure if isinstance(sparsity.measure, int) else place_measures(sparsity.measure, steps, made_for)
-    return replace(sparsity, measure=measure, skip=place_skips(sparsity.skip, steps))
+    Raises Fail where a listed step cannot be had."""
+    said = {"delta": args.delta, "attn_keys": args.attn_keys, "mlp_keys": getattr(args, "mlp_keys", None),
+            "measure": args.measure_steps, "skip": args.skip_steps}
+    for word, listed in ("--measure-steps", args.measure_steps), ("--skip-steps", args.skip_steps):
+        if isinstance(listed, tuple) and max(listed) >= steps:
+            raise Fail(f"{word} {max(listed)}: this run has the steps 0 to {steps - 1}")
+    if isinstance(args.skip_steps, tuple) and 0 in args.skip_steps:
+        raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
+    sparsity = replace(fit_steps(sparsity, steps, made_for), **{name: value for name, value in said.items() if value is not None})
+    return replace(sparsity, skip=skip_preset(sparsity.skip, steps)) if isinstance(sparsity.skip, str) else sparsity
 
 
 def show_plan(plan):
@@ -167,43 +165,51 @@ def check_prompt(prompt):
 
 
 def pick_device(text):
-    """Raises Fail where the device is not there."""
+    """cpu or a CUDA GPU. Raises Fail where it is not there."""
     try:
         device = torch.device(text)
         torch.empty(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise Fail(f"no device {text!r} here; try --device cpu") from None
+    except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise Fail(f"no device {text!r} to run on here; try --device cpu")
+    return device
 
 # ---------------------------------------------------------------------------------------------------------
 # weights
 
 
-def weight_files(weights, names, licence):
+def reason(error):
+    """The first line of an error from a library."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def weight_files(weights, names):
     """Paths of the named files in a folder or Hugging Face repository (downloaded to its cache, with progress bars).
     Raises Fail where one is missing, access is not granted or there is no network."""
-    if Path(weights).is_dir():
+    if os.path.isdir(weights):
         for name in names:
-            if not (Path(weights) / name).is_file():
+            if not os.path.isfile(Path(weights) / name):
                 raise Fail(f"{weights} has no {name}; --weights wants a folder laid out like the model's repository")
         return [Path(weights) / name for name in names]
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)):
         raise Fail(f"no folder {weights}; --weights wants a folder, or a Hugging Face repository like owner/name")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()                                    # its retries would bury the one line below
     try:
         return [Path(hf_hub_download(str(weights), name)) for name in names]
     except GatedRepoError:
-        raise Fail(f"{weights} is gated: accept its licence at {licence or f'https://huggingface.co/{weights}'}, "
-                   "then log in with `hf auth login`") from None
+        raise Fail(f"{weights} is gated: accept its licence at https://huggingface.co/{weights}, then log in with `hf auth login`") from None
     except RepositoryNotFoundError:
         raise Fail(f"no folder and no Hugging Face repository {weights} (or it is private: log in with `hf auth login`)") from None
     except LocalEntryNotFoundError:
         raise Fail(f"cannot reach the Hugging Face Hub to download {weights}; check the network, or give a folder with --weights") from None
     except EntryNotFoundError as error:
-        raise Fail(f"{weights} lacks a file that this model needs: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise Fail(f"downloading {weights} failed ({str(error).splitlines()[0]}); run again to go on, or give a folder with --weights") from None
+        raise Fail(f"{weights} lacks a file that this model needs: {reason(error)}") from None
+    except Exception as error:                                       # names it rejects, broken connections, full disks: many kinds
+        raise Fail(f"downloading {weights} failed ({reason(error)}); run again to go on, or give a folder with --weights") from None
 
 
 def load_tokenizer(load, path):
@@ -211,7 +217,7 @@ def load_tokenizer(load, path):
     try:
         return load(path)
     except Exception as error:                                       # the tokenizers library raises nothing narrower
-        raise Fail(f"{path} is no tokenizer that can be read ({str(error).splitlines()[0]}); fetch it again") from None
+        raise Fail(f"{path} is no tokenizer that can be read ({reason(error)}); fetch it again") from None
 
 
 def read_headers(files):
@@ -220,20 +226,19 @@ def read_headers(files):
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                found |= {name: (file, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()}
+                for name in set(tensors.keys()) - IGNORED:
+                    if name in found:
+                        raise Fail(f"{file} repeats {name}, which {found[name][0]} has; fetch both again")
+                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
-            raise Fail(f"{file} is no complete safetensors file ({str(error).splitlines()[0]}); fetch it again") from None
-    return {name: where for name, where in found.items() if name not in IGNORED}
+            raise Fail(f"{file} is no complete safetensors file ({reason(error)}); fetch it again") from None
+    return found
 
 
-def load_weights(make_model, files, device, dtype):
-    """A model with the weights in files, tensor by tensor, so that there is never a second copy.
-
-    make_model() -> module, built without memory. Strict: every tensor is used once and has the right shape, none is
-    left over; else Fail names the file and the first tensor that differs."""
+def check_weights(make_model, files):
+    """Raises Fail where files are not exactly the model's: names the file and the first tensor that differs."""
     with torch.device("meta"):
-        model = make_model()
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        expected = {name: tuple(p.shape) for name, p in make_model().state_dict().items()}
     found = read_headers(files)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
@@ -243,18 +248,28 @@ def load_weights(make_model, files, device, dtype):
             raise Fail(f"{file} is not this model's: it has a tensor {name} too many; check --model and --weights")
         if shape != expected[name]:
             raise Fail(f"{file} is not this model's: {name} is {list(shape)}, not {list(expected[name])}; check --model and --weights")
+
+
+def load_weights(make_model, files, device, dtype):
+    """A model with the weights in files, tensor by tensor, so that there is never a second copy.
+
+    make_model() -> module, built without memory. Strict: every tensor is used once and has the right shape, none is
+    left over (check_weights)."""
+    check_weights(make_model, files)
+    with torch.device("meta"):
+        model = make_model()
     for file in files:
         with safe_open(file, "pt", device=str(device)) as tensors:
-            for name in tensors.keys():
-                if name in expected:
-                    parent, _, leaf = name.rpartition(".")
-                    setattr(model.get_submodule(parent), leaf, nn.Parameter(tensors.get_tensor(name).to(dtype), requires_grad=False))
+            for name in set(tensors.keys()) - IGNORED:
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, nn.Parameter(tensors.get_tensor(name).to(dtype), requires_grad=False))
     return model.eval()
 
 
-def check_memory(files, dtype, device, caches=0):
-    """Raises Fail, before anything is loaded, where the weights in files and `caches` bytes do not fit."""
-    weights = sum(math.prod(shape) for _, shape in read_headers(files).values()) * dtype.itemsize
+def check_memory(make_model, dtype, device, caches=0):
+    """Raises Fail, before anything is downloaded, where a model's weights and `caches` bytes do not fit."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in make_model().parameters()) * dtype.itemsize
     free = free_memory(device)
     if free is not None and weights + caches > free:
         less = "--dense (no caches)" if weights < free else "--dtype bfloat16" if dtype == torch.float32 else "--model tiny or a larger machine"
@@ -267,10 +282,14 @@ def free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        meminfo = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     except OSError:
         return None
-    return int(re.search(r"MemAvailable:\s+(\d+)", meminfo)[1]) * 1024
+    try:                                                             # a container's own limit
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except OSError:
+        return free
 
 # ---------------------------------------------------------------------------------------------------------
 # results
@@ -284,8 +303,10 @@ def check_out(out, stem, suffixes):
         out = next(name for name in names if not name.exists())
     if out.suffix.lower() not in suffixes:
         raise Fail(f"--out {out}: the name must end in {' or '.join(suffixes)}")
-    if out.is_dir() or not out.parent.is_dir():
-        raise Fail(f"--out {out}: {'this is a folder' if out.is_dir() else f'there is no folder {out.parent}; make it first'}")
+    if os.path.isdir(out) or not os.path.isdir(out.parent):
+        raise Fail(f"--out {out}: {'this is a folder' if os.path.isdir(out) else f'there is no folder {out.parent}; make it first'}")
+    if len(os.fsencode(out.name)) > 240:
+        raise Fail(f"--out {out.name[:40]}...: the name is too long; take a shorter one")
     if not os.access(out.parent, os.W_OK):
         raise Fail(f"--out {out}: the folder {out.parent} cannot be written; choose another")
     return out
@@ -311,14 +332,14 @@ def write_png(file, picture, texts):
 
 def sparsity_settings(sparsity):
     """The command-line words that give this sparsity."""
-    measure = sparsity.measure if isinstance(sparsity.measure, int) else ",".join(map(str, sparsity.measure))
+    measure = sparsity.measure if isinstance(sparsity.measure, int) else "".join(f"{i}," for i in sparsity.measure)
     return {"delta": sparsity.delta, "attn-keys": sparsity.attn_keys, "mlp-keys": sparsity.mlp_keys, "measure-steps": measure,
             "skip-steps": ",".join(map(str, sparsity.skip)) or "none"}
 
 
 def describe(prompt, settings):
     """What goes into a result's metadata: the prompt, the seed, every setting, and the command that makes it again."""
-    words = [Path(sys.argv[0]).name, "--prompt", prompt]
+    words = [Path(sys.argv[0]).name, f"--prompt={prompt}"]
     for name, value in settings.items():
         words += [f"--{name}"] if value is True else [] if value is False else [f"--{name}", str(value)]
     return {"Software": "Chipmunk", "prompt": prompt, "seed": str(settings["seed"]), "settings": json.dumps(settings),

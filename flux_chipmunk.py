@@ -11,8 +11,8 @@ What happens, top to bottom of this file:
     `steps` times:  v = Flux(tokens, sigma, text);  tokens += (sigma_next - sigma) v     flow matching, Euler
     tokens --decoder-> picture
 
-Chipmunk changes two lines of a block. `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, state, step)`
-and `mlp(x)` becomes `chipmunk_mlp(x, ..., state, step)`; both recompute only the columns that change fastest
+Chipmunk changes two calls of a block (and a single block runs its fused linears in parts): `attention(q, k, v)` becomes
+`chipmunk_attention(q, k, v, state, step)`, `mlp(x)` becomes `chipmunk_mlp(x, ..., state, step)`. Both recompute only the columns that change fastest
 and add them to what the last steps left in `state` (cache.py). With `state=None` this is plain FLUX.1.
 
 FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
@@ -76,7 +76,6 @@ class Config:
     guidance: float
     shift: bool                # shift the schedule towards noise for larger pictures?
     sparsity: Sparsity
-    licence: str = ""          # the page to accept before the Hub gives the weights
 
 
 # Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps change
@@ -106,8 +105,7 @@ CONFIGS = {
     "dev": Config(
         weights="black-forest-labs/FLUX.1-dev", files=REAL_FILES | {"flux": ("flux1-dev.safetensors",)},
         flux=FLUX_12B, autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
-        text_length=512, size=1024, steps=50, guidance=3.5, shift=True, sparsity=FLUX_SPARSITY,
-        licence="https://huggingface.co/black-forest-labs/FLUX.1-dev"),
+        text_length=512, size=1024, steps=50, guidance=3.5, shift=True, sparsity=FLUX_SPARSITY),
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -311,7 +309,8 @@ class Flux(nn.Module):
 
         x (B, N, channels) image tokens in raster order; t, guidance (B,) in x's dtype, t = 1 is pure noise;
         text (B, T, text_dim) from T5; pooled (B, pooled_dim) from CLIP; layout from make_layout.
-        state: a ModelState to run Chipmunk with, and step, what to do now (None: plain dense). -> (B, N, channels)
+        state: a ModelState to run Chipmunk with (after lay_out_for_deltas), and step, what to do now; None: plain dense.
+        -> (B, N, channels)
         """
         vec = self.time_in(sinusoid(t)) + self.vector_in(pooled)     # (B, C)
         if self.config.guidance:
@@ -501,8 +500,8 @@ def make_sigmas(steps, tokens, shift):
 
 
 def make_noise(z, height, width, seed):
-    """(1, z, 2 height, 2 width) for a grid of height x width tokens; drawn on the CPU in bf16 as the original does, so a
-    seed is the same picture on any device and in any precision."""
+    """(1, z, 2 height, 2 width) for a grid of height x width tokens; drawn in bf16 as the original does, but always on
+    the CPU, so that a seed is the same noise on any device and in any precision."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(1, z, 2 * height, 2 * width, generator=generator, dtype=torch.bfloat16)
 
@@ -522,8 +521,7 @@ def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=No
 
 def encode_prompts(prompts, config, folder, device, dtype):
     """prompts -> T5 states (B, T, text_dim) and CLIP vectors (B, pooled_dim). The encoders are loaded, used and freed."""
-    text_file, *clip_files = common.weight_files(folder, ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"],
-                                                 config.licence)
+    text_file, *clip_files = common.weight_files(folder, ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"])
     t5_tokenizer = common.load_tokenizer(load_t5_tokenizer, text_file)
     clip_tokenizer = common.load_tokenizer(load_clip_tokenizer, clip_files[0].parent)
     t5_ids, _, t5_cut = tokenize(t5_tokenizer, prompts, config.text_length, 0)                   # (B, T)
@@ -538,19 +536,22 @@ def encode_prompts(prompts, config, folder, device, dtype):
     return text, pooled
 
 
+def parts(config):
+    """{name: how to build it} of the four networks."""
+    return {"t5": lambda: T5Encoder(config.t5), "clip": lambda: CLIPTextEncoder(config.clip),
+            "flux": lambda: Flux(config.flux), "autoencoder": lambda: Autoencoder(config.autoencoder)}
+
+
 def load_part(part, config, folder, device, dtype):
     """One of the four networks, with its weights."""
-    make = {"flux": lambda: Flux(config.flux), "autoencoder": lambda: Autoencoder(config.autoencoder),
-            "t5": lambda: T5Encoder(config.t5), "clip": lambda: CLIPTextEncoder(config.clip)}[part]
-    files = common.weight_files(folder, config.files[part], config.licence)
-    return common.load_weights(make, files, device, dtype)
+    return common.load_weights(parts(config)[part], common.weight_files(folder, config.files[part]), device, dtype)
 
 
-def cache_bytes(config, tokens, dtype):
-    """What Chipmunk remembers for `tokens` text and image tokens: per layer the attention's rest and the MLP's activations
-    and output."""
-    layers = config.double_blocks + config.single_blocks
-    return layers * tokens * (config.dim + 4 * config.dim + config.dim) * dtype.itemsize
+def cache_bytes(config, sparsity, tokens, dtype):
+    """What Chipmunk remembers for `tokens` text and image tokens: per layer the attention's rest and, with deltas, the MLP's
+    activations and output."""
+    layers = config.double_blocks + config.single_blocks - sparsity.dense_layers
+    return layers * tokens * (6 if sparsity.mlp_keys else 1) * config.dim * dtype.itemsize
 
 
 def work_done(config, tokens, image, plan, state):
@@ -578,9 +579,9 @@ def main():
     sparsity = common.chosen_sparsity(args, config.sparsity, steps, config.steps)
     plan = make_plan(steps, sparsity)
     if args.show_plan:
-        return common.show_plan(plan)
+        return common.show_plan(make_plan(steps, replace(sparsity, measure=(), skip=())) if args.dense else plan)
 
-    # everything that can be wrong is found before the first weight is loaded
+    # everything that can be wrong is found before a network is loaded
     common.check_prompt(args.prompt)
     if args.dense and args.compare:
         raise common.Fail("--dense and --compare exclude each other; --compare draws both")
@@ -595,9 +596,11 @@ def main():
     out = common.check_out(args.out, "flux", (".png",))
 
     h, w = height // 16, width // 16                                 # in tokens
-    caches = 0 if args.dense else cache_bytes(config.flux, config.text_length + h * w, dtype)
-    for part, names in config.files.items():
-        common.check_memory(common.weight_files(folder, names, config.licence), dtype, device, caches if part == "flux" else 0)
+    caches = 0 if args.dense else cache_bytes(config.flux, sparsity, config.text_length + h * w, dtype)
+    for part, make in parts(config).items():
+        common.check_memory(make, torch.float32 if part == "autoencoder" else dtype, device, caches if part == "flux" else 0)
+    for part, make in parts(config).items():
+        common.check_weights(make, common.weight_files(folder, config.files[part]))
 
     start = time.perf_counter()
     text, pooled = encode_prompts([args.prompt], config, folder, device, dtype)
@@ -615,8 +618,10 @@ def main():
         x = sample(flux, noise, text, pooled, guidance, sigmas, layout, plan, state, lambda steps: tqdm(steps, title, leave=False))
         x.sum().item()                                               # wait for the device
         return x, state, time.perf_counter() - began
-    if args.compare and device.type == "cuda":
-        denoise(plan[:3], "warming up")                              # compiles the kernels, so that both times are fair
+    if args.compare and device.type == "cuda":                       # compile every kernel first, so that both times are fair
+        last = max([s.index for s in plan if s.attn == "sparse"][:1], default=0)
+        denoise(plan[:last + 1], "warming up")
+        denoise(None, "warming up")
     x, state, seconds = denoise(None if args.dense else plan, "denoising")
     results = [x]
     if args.compare:
@@ -628,7 +633,7 @@ def main():
         pictures = [autoencoder.decode(unpatchify(x.float(), h, w)).float().clamp(-1, 1) for x in results]  # (1, 3, height, width)
 
     settings = {"model": args.model, "width": width, "height": height, "steps": steps, "guidance": guidance, "seed": args.seed,
-                "dtype": str(dtype).removeprefix("torch."), "dense": args.dense, "compare": args.compare}
+                "device": device.type, "dtype": str(dtype).removeprefix("torch."), "dense": args.dense, "compare": args.compare}
     if args.weights:
         settings["weights"] = str(args.weights)
     if not args.dense:

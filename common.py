@@ -98,7 +98,7 @@ def skip_steps(text):
 
 
 def make_parser(doc, configs):
-    """The words that every model file takes."""
+    """The words that every model file takes. -> parser, and its group of Chipmunk's own words, for a model to add to"""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prompt", help="what to draw")
@@ -124,7 +124,7 @@ def make_parser(doc, configs):
     add("--skip-steps", type=skip_steps, metavar="LIST|NAME",
         help=f"step caching: these steps rerun only the final layer; a list, or one of {', '.join(SKIP_PRESETS)}")
     add("--show-plan", action="store_true", help="print what every step does, then stop")
-    return parser
+    return parser, chipmunk
 
 
 def chosen_sparsity(args, sparsity, steps, made_for):
@@ -307,9 +307,17 @@ def check_out(out, stem, suffixes):
         raise Fail(f"--out {out}: {'this is a folder' if os.path.isdir(out) else f'there is no folder {out.parent}; make it first'}")
     if len(os.fsencode(out.name)) > 240:
         raise Fail(f"--out {out.name[:40]}...: the name is too long; take a shorter one")
-    if not os.access(out.parent, os.W_OK):
-        raise Fail(f"--out {out}: the folder {out.parent} cannot be written; choose another")
+    try:                                                             # a permission bit does not tell what the system allows
+        temporary_name(out).touch()
+        temporary_name(out).unlink()
+    except OSError:
+        raise Fail(f"--out {out}: the folder {out.parent} cannot be written; choose another") from None
     return out
+
+
+def temporary_name(file):
+    """Where a file is written before it gets its name."""
+    return file.with_name(f".{file.name}.tmp")
 
 
 def write_png(file, picture, texts):
@@ -320,7 +328,7 @@ def write_png(file, picture, texts):
     for key, text in texts.items():
         info.add_text(key, text)
     pixels = (127.5 * (picture.float().clamp(-1, 1) + 1)).byte().permute(1, 2, 0).cpu().numpy()  # (H, W, 3), truncated as the original does
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = temporary_name(file)
     try:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
         temporary.replace(file)

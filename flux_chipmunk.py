@@ -1,6 +1,6 @@
 """FLUX.1 with Chipmunk: a text-to-image diffusion transformer from scratch, accelerated without training.
 
-    python flux_chipmunk.py --prompt "a red circle above a blue square on a yellow background"
+    python flux_chipmunk.py --prompt "a green ring on a black background"
     python flux_chipmunk.py --model dev --prompt "a chipmunk reading a map, watercolour"
 
 What happens, top to bottom of this file:
@@ -11,9 +11,10 @@ What happens, top to bottom of this file:
     `steps` times:  v = Flux(tokens, sigma, text);  tokens += (sigma_next - sigma) v     flow matching, Euler
     tokens --decoder-> picture
 
-Chipmunk changes two calls of a block (and a single block runs its fused linears in parts): `attention(q, k, v)` becomes
-`chipmunk_attention(q, k, v, state, step)`, `mlp(x)` becomes `chipmunk_mlp(x, ..., state, step)`. Both recompute only the columns that change fastest
-and add them to what the last steps left in `state` (cache.py). With `state=None` this is plain FLUX.1.
+Chipmunk changes two calls of a block (and a single block runs its fused linears in parts): `attention(q, k, v)`
+becomes `chipmunk_attention(q, k, v, state, step)`, `mlp(x)` becomes `chipmunk_mlp(x, ..., state, step)`. Both recompute
+only the columns that change fastest and add them to what the last steps left in `state` (cache.py). With `state=None`
+this is plain FLUX.1.
 
 FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
 """
@@ -570,9 +571,9 @@ def work_done(config, tokens, image, plan, state):
 
 @torch.no_grad()
 def main():
-    parser = common.make_parser(__doc__, CONFIGS)
-    parser.add_argument("--mlp-keys", type=common.number(float, 0, 1), metavar="SHARE",
-                        help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
+    parser, chipmunk = common.make_parser(__doc__, CONFIGS)
+    chipmunk.add_argument("--mlp-keys", type=common.number(float, 0, 1), metavar="SHARE",
+                          help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
     args = parser.parse_args()
     config = CONFIGS[args.model]
     steps = args.steps or config.steps

@@ -1154,7 +1154,7 @@ def test_settings_are_read_as_they_are_written(model):
     config = flux_chipmunk.CONFIGS[model]
     sparsity = fit_steps(config.sparsity, config.steps, config.steps)
     words = [f"--{name}={value}" for name, value in common.sparsity_settings(sparsity).items() if name != "mlp-keys"]
-    args = common.make_parser("", flux_chipmunk.CONFIGS).parse_args(words)
+    args = common.make_parser("", flux_chipmunk.CONFIGS)[0].parse_args(words)
     assert common.chosen_sparsity(args, Sparsity(mlp_keys=sparsity.mlp_keys), config.steps, config.steps) == sparsity
 
 
@@ -1257,12 +1257,15 @@ def test_too_little_memory_unwritable_folder_full_disk_and_ctrl_c(monkeypatch, t
         code = call(monkeypatch, *FAST, "--out", out)
         assert code not in (0, None) and not list(tmp_path.iterdir())
         return capsys.readouterr().err.strip().splitlines()[-1]
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
     with monkeypatch.context() as m:
         weights = sum(p.numel() for p in flux_chipmunk.Flux(flux_chipmunk.CONFIGS["tiny"].flux).parameters()) * 4
         m.setattr(common, "free_memory", lambda device: weights + 1e6)                      # the caches need more than 1 MB
         assert "GB free, but this needs" in error() and "--dense" in error()
     with monkeypatch.context() as m:
-        m.setattr(common.os, "access", lambda path, mode: False)
+        m.setattr(Path, "touch", refuse)
         assert "cannot be written" in error()
 
     def full(*args, **kwargs):

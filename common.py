@@ -1,6 +1,7 @@
 """What the three model files share: the words of the command line, loading weights, writing results, errors.
 
-Nothing of the method is here. A model file calls, in this order: make_parser, weight_files, load_weights, write_png.
+Nothing of the method is here. A model file's main calls, in this order: make_parser and chosen_sparsity, the check_
+functions, load_weights, write_png; and run calls main.
 """
 import argparse
 import json

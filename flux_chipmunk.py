@@ -620,8 +620,8 @@ def main():
         x.sum().item()                                               # wait for the device
         return x, state, time.perf_counter() - began
     if args.compare and device.type == "cuda":                       # compile every kernel first, so that both times are fair
-        last = max([s.index for s in plan if s.attn == "sparse"][:1], default=0)
-        denoise(plan[:last + 1], "warming up")
+        first_sparse = next((step.index for step in plan if step.attn == "sparse"), 0)
+        denoise(plan[:first_sparse + 1], "warming up")
         denoise(None, "warming up")
     x, state, seconds = denoise(None if args.dense else plan, "denoising")
     results = [x]

@@ -102,7 +102,7 @@ class LayerState:
     counts: torch.Tensor = None      # (B, H, G) int32
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
     lse_rest: torch.Tensor = None    # (B, H, N), delta="mass" only
-    act: torch.Tensor = None         # (B, N, F) gelu(W1 x + b1)
+    act: torch.Tensor = None         # (B, F, N) gelu(W1 x + b1), column after column
     out: torch.Tensor = None         # (B, N, C) W2 act + b2
     pre: torch.Tensor = None         # (B, G, F) pre-activation of each group's mean token
     mlp_columns: torch.Tensor = None # (B, G, K)
@@ -158,17 +158,17 @@ def chipmunk_mlp(x, w1, b1, w2, b2, state, step):
         act = F.gelu(F.linear(x, w1, b1), approximate="tanh")                    # (B, N, F)
         out = F.linear(act, w2, b2)                                              # (B, N, C)
         if state.sparsity.mlp_keys:
-            state.act, state.out = act, out
+            state.act, state.out = act.mT.contiguous(), out
             state.pre = F.linear(group_means(x), w1, b1)                         # (B, G, F)
         state.mlp_work += rows
         return out
     if step.mlp == "choose":
         pre = F.linear(group_means(x), w1, b1)                                   # (B, G, F)
-        moved = (pre - state.pre).abs().float()[:, None]                         # (B, 1, G, F)
+        moved = (pre - state.pre).abs()[:, None]                                 # (B, 1, G, F)
         columns, counts = choose_columns(moved, state.sparsity.mlp_keys, state.sparsity.mlp_random, None, _seed(state, step))
         state.mlp_columns, state.mlp_counts = columns[:, 0], counts[:, 0]        # (B, G, K), (B, G)
         state.pre = torch.where(listed(state.mlp_columns, state.mlp_counts, pre.shape[-1]), pre, state.pre)
-    delta = sparse_mlp_fc1(x, w1, b1, state.mlp_columns, state.mlp_counts, state.act)            # (B, N, K)
+    delta = sparse_mlp_fc1(x, w1, b1, state.mlp_columns, state.mlp_counts, state.act)            # (B, G, K, 128)
     state.out = sparse_mlp_fc2(delta, w2.t(), state.mlp_columns, state.mlp_counts, state.out)    # (B, N, C)
     state.mlp_work += rows * _share(state.mlp_counts, w1.shape[0])
     return state.out

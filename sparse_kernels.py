@@ -70,15 +70,20 @@ def attention_with_column_mass_ref(q: Tensor, k: Tensor, v: Tensor, lse_prev: Te
         o, lse, p = _softmax(q_g, k, v)
         groups.append((o, lse, (lse - prev).clamp(max=87).exp()[..., None, :] @ p))     # (B, H, 1, Nk); exp(87) is finite
     o, lse, mass = (torch.cat(parts, 2) for parts in zip(*groups))
-    return o.to(q.dtype), lse, mass
+    return o.to(q.dtype), lse, mass.to(_mass_dtype(q))
 
 
-def _list_sizes(n: int, keep: float, random: float, static_most: int) -> tuple[int, int, int]:
-    """Columns taken by mass, the most taken at random, and K: room for both and the static ones."""
+def _mass_dtype(q: Tensor) -> torch.dtype:
+    """bfloat16 for half-precision inputs: 24 heads and 119,056 tokens have 2.7 billion masses."""
+    return q.dtype if q.dtype in (torch.float32, torch.float64) else torch.bfloat16
+
+
+def _list_sizes(n: int, keep: float, random: float, static_most: int) -> tuple[int, int]:
+    """Columns taken by mass, and K: room for them, the static ones, and the random ones (mean + 6 sigma)."""
     top = min(n, math.ceil(keep * n))
-    lucky = min(n, math.ceil(n * random + 6 * math.sqrt(n * random * (1 - random))))     # mean + 6 sigma
+    lucky = math.ceil(n * random + 6 * math.sqrt(n * random * (1 - random)))
     K = max(1, min(n, top + lucky + static_most))
-    return top, lucky, -(-K // 16) * 16                                            # rows of K entries stay aligned
+    return top, -(-K // 16) * 16                                                   # rows of K entries stay aligned
 
 
 def _hash(seed: int, row: Tensor, column: Tensor) -> Tensor:
@@ -95,17 +100,16 @@ def _hash(seed: int, row: Tensor, column: Tensor) -> Tensor:
 def choose_columns_ref(mass: Tensor, keep: float, random: float, static: Tensor | None, seed: int,
                        static_most: int) -> tuple[Tensor, Tensor]:
     G, N = mass.shape[-2:]
-    top, lucky, K = _list_sizes(N, keep, random, static_most)
+    top, K = _list_sizes(N, keep, random, static_most)
     group = torch.arange(G, device=mass.device)[:, None]
     column = torch.arange(N, device=mass.device)
 
     chosen = _hash(seed, group, column) < round(random * 2 ** 24)                  # (G, N)
-    chosen &= chosen.cumsum(-1) <= lucky
     if static is not None:
         chosen = chosen | static
     if top > 0:
         least = mass.topk(top, sorted=True).values[..., -1:]                       # (..., G, 1)
-        above, tied = mass > least, mass == least
+        above, tied = mass > least, (mass == least) & ~chosen
         chosen = chosen | above | tied & (tied.cumsum(-1) <= top - above.sum(-1, keepdim=True))
     chosen = chosen.expand(mass.shape)                                             # (..., G, N)
 
@@ -146,26 +150,26 @@ def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor
 
 
 def _each_group(columns: Tensor, counts: Tensor):
-    """Yield (b, the rows of a group, its listed columns)."""
+    """Yield (b, g, the rows of group g, its listed columns)."""
     for b, row in enumerate(counts.tolist()):
         for g, count in enumerate(row):
-            yield b, slice(g * GROUP, (g + 1) * GROUP), columns[b, g, :count].long()
+            yield b, g, slice(g * GROUP, (g + 1) * GROUP), columns[b, g, :count].long()
 
 
 def sparse_mlp_fc1_ref(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor, counts: Tensor, act: Tensor) -> Tensor:
-    delta = x.new_zeros(*x.shape[:2], columns.shape[-1])                           # (B, M, K)
-    for b, rows, listed in _each_group(columns, counts):
-        a = F.linear(x[b, rows].to(_wide(x)), w1.index_select(0, listed).to(_wide(x)))     # (GROUP, count)
-        new = F.gelu(a if b1 is None else a.add_(b1[listed]), approximate="tanh").to(act.dtype)
-        delta[b, rows, :len(listed)] = new.to(_wide(x)) - act[b, rows].index_select(1, listed)
-        act[b, rows].index_copy_(1, listed, new)
+    delta = x.new_zeros(*columns.shape, GROUP)                                     # (B, G, K, GROUP)
+    for b, g, rows, listed in _each_group(columns, counts):
+        a = w1.index_select(0, listed).to(_wide(x)) @ x[b, rows].to(_wide(x)).mT   # (count, GROUP)
+        new = F.gelu(a if b1 is None else a.add_(b1[listed, None]), approximate="tanh").to(act.dtype)
+        delta[b, g, :len(listed), :new.shape[1]] = new.to(_wide(x)) - act[b, :, rows].index_select(0, listed)
+        act[b, :, rows].index_copy_(0, listed, new)
     return delta
 
 
 def sparse_mlp_fc2_ref(delta: Tensor, w2t: Tensor, columns: Tensor, counts: Tensor, out: Tensor) -> Tensor:
-    for b, rows, listed in _each_group(columns, counts):
-        packed = delta[b, rows, :len(listed)]                                      # (GROUP, count)
-        out[b, rows] += packed.to(_wide(delta)) @ w2t.index_select(0, listed).to(_wide(delta))   # (GROUP, C)
+    for b, g, rows, listed in _each_group(columns, counts):
+        packed = delta[b, g, :len(listed), :out[b, rows].shape[0]]                 # (count, GROUP)
+        out[b, rows] += packed.mT.to(_wide(delta)) @ w2t.index_select(0, listed).to(_wide(delta))   # (GROUP, C)
     return out
 
 
@@ -209,75 +213,96 @@ def _check(*tensors: Tensor) -> None:
     _need(all(x.stride(-1) == 1 for x in tensors), "the last dimension of an operand must have stride 1")
 
 
-def _attention_config(q: Tensor) -> dict:
-    """Constants of the attention kernels; tiles fit the 227 KB of shared memory of Hopper at D = 128."""
-    D = q.shape[-1]
+def _attention_config(q: Tensor, k: Tensor, v: Tensor, warps: int, stages: int) -> dict:
+    """Constants of the attention kernels. WIDE: offsets into k or v pass 2^31; where they do not, 32-bit ones are 14 % faster."""
+    D, dtype = q.shape[-1], q.dtype
     _need(D in (16, 32, 64, 128), f"head dimension must be 16, 32, 64 or 128; got {D}")
-    width = 16 if q.dtype == torch.float32 else 128             # exact fp32 runs without tensor cores, in registers
-    return dict(BLOCK_M=GROUP, BLOCK_N=width, D=D, LOG2E=LOG2E, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=GROUP, BLOCK_N=16 if dtype == torch.float32 else 64,    # exact fp32 runs in registers, without tensor cores
+                D=D, LOG2E=LOG2E, WIDE=k.shape[2] * max(k.stride(2), v.stride(2)) >= 2**31, num_warps=warps, num_stages=stages)
 
 
 @_jit
 def _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, index, listed, scale, acc, m, l,
-            D: tl.constexpr, TAIL: tl.constexpr):
-    """One tile of columns into the running softmax: acc (rows, D), m its maximum in log2, l its sum."""
+            D: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, RUNNING: tl.constexpr):
+    """One tile of columns into a softmax: p = exp2(s scale - m), acc (rows, D) += p v, l (rows,) += sum of p.
+    m (rows,): the maximum of s scale so far if RUNNING, else as given."""
     d = tl.arange(0, D)
-    k_at = k_ptr + index.to(tl.int64)[:, None] * stride_kn + d[None, :]
-    v_at = v_ptr + index.to(tl.int64)[:, None] * stride_vn + d[None, :]
+    if WIDE:
+        index = index.to(tl.int64)
+    k_at = k_ptr + index[:, None] * stride_kn + d[None, :]
+    v_at = v_ptr + index[:, None] * stride_vn + d[None, :]
     if TAIL:
         k = tl.load(k_at, mask=listed[:, None], other=0.0)                          # (columns, D)
         v = tl.load(v_at, mask=listed[:, None], other=0.0)                          # (columns, D)
     else:
         k = tl.load(k_at)                                                           # (columns, D)
         v = tl.load(v_at)                                                           # (columns, D)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")                           # (rows, columns)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")                              # (rows, columns)
     if TAIL:
         s = tl.where(listed[None, :], s, -float("inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)                                     # (rows,)
-    p = tl.exp2(s * scale - m_new[:, None])                                         # (rows, columns)
-    shrink = tl.exp2(m - m_new)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, m_new, l * shrink + tl.sum(p, 1), p
+    if RUNNING:
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)                                 # (rows,)
+        shrink = tl.exp2(m - m_new)
+        acc *= shrink[:, None]
+        l *= shrink
+        m = m_new
+    p = tl.exp2(s * scale - m[:, None])                                             # (rows, columns)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, m, l + tl.sum(p, 1), p
 
 
 @_jit
-def _column_mass(p, m, lse_prev):
-    """Sum over rows of exp2(s - lse_prev), as p exp2(m - lse_prev): one factor a row, not another exp per entry."""
-    return tl.sum(p * tl.exp2(tl.minimum(m - lse_prev, 126.0))[:, None], 0)         # (columns,)
+def _attend_all(q, k_ptr, v_ptr, stride_kn, stride_vn, mass_ptr, m, Nk, scale,
+                BLOCK_N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
+    """A group of rows against all columns -> acc, m, l as in _attend. With mass_ptr, m stays as given, and sums of p over
+    the rows are written there, less the 2^8 that _dense_kernel put into m."""
+    lane = tl.arange(0, BLOCK_N)
+    acc = tl.zeros((m.shape[0], D), tl.float32)
+    l = tl.zeros_like(m)
+    full = Nk // BLOCK_N * BLOCK_N
+    for start in range(0, full, BLOCK_N):
+        acc, m, l, p = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, start + lane, None, scale, acc, m, l,
+                               D, WIDE, False, mass_ptr is None)
+        if mass_ptr is not None:
+            tl.store(mass_ptr + start + lane, tl.minimum(tl.sum(p, 0) * 0.00390625, 1e38))
+    if full < Nk:
+        there = full + lane < Nk
+        acc, m, l, p = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, full + lane, there, scale, acc, m, l,
+                               D, WIDE, True, mass_ptr is None)
+        if mass_ptr is not None:
+            tl.store(mass_ptr + full + lane, tl.minimum(tl.sum(p, 0) * 0.00390625, 1e38), mask=there)
+    return acc, m, l
 
 
 @_jit
 def _dense_kernel(q_ptr, k_ptr, v_ptr, lse_prev_ptr, o_ptr, lse_ptr, mass_ptr,
                   stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                   H, Nq, Nk, scale,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, LOG2E: tl.constexpr):
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, LOG2E: tl.constexpr, WIDE: tl.constexpr):
     """One program: one group of rows against all columns. Groups of a head run side by side: its k, v stay in L2."""
     g, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
-    rows, d, lane = g * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D), tl.arange(0, BLOCK_N)
+    rows, d = g * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
     q_at = q_ptr + b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_qn + d[None, :]
     q = tl.load(q_at, mask=rows[:, None] < Nq, other=0.0)                           # (rows, D)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    if mass_ptr is not None:
-        prev_at = lse_prev_ptr + head * Nq + rows
-        prev = tl.load(prev_at, mask=rows < Nq, other=float("inf")) * LOG2E         # inf: no mass from absent rows
-        mass_ptr += (head * tl.num_programs(0) + g) * Nk
 
-    acc = tl.zeros((BLOCK_M, D), tl.float32)
-    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    full = Nk // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
-        index = start + lane
-        acc, m, l, p = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, index, None, scale, acc, m, l, D, False)
-        if mass_ptr is not None:
-            tl.store(mass_ptr + index, _column_mass(p, m, prev))
-    if full < Nk:
-        index = full + lane
-        acc, m, l, p = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, index, index < Nk, scale, acc, m, l, D, True)
-        if mass_ptr is not None:
-            tl.store(mass_ptr + index, _column_mass(p, m, prev), mask=index < Nk)
+    lowest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    if lse_prev_ptr is None:
+        acc, m, l = _attend_all(q, k_ptr, v_ptr, stride_kn, stride_vn, None, lowest, Nk, scale, BLOCK_N, D, WIDE)
+    else:
+        # The last lse is so near this one that it serves as the softmax's maximum: nothing to find, nothing to rescale, and
+        # the sum of p over rows is the mass. 2^8 times larger, the p of even attention over 100,000 columns is normal in fp16.
+        prev = tl.load(lse_prev_ptr + head * Nq + rows, mask=rows < Nq, other=float("inf"))    # inf: p = 0
+        mass_ptr += (head * tl.num_programs(0) + g) * Nk
+        acc, m, l = _attend_all(q, k_ptr, v_ptr, stride_kn, stride_vn, mass_ptr, prev * LOG2E - 8, Nk, scale, BLOCK_N, D, WIDE)
+        if q_ptr.dtype.element_ty == tl.float16:
+            near = tl.abs(tl.log2(l) - 8) < 7
+        else:
+            near = tl.abs(tl.log2(l) - 8) < 60
+        if tl.sum((near | (rows >= Nq)).to(tl.int32)) < BLOCK_M:    # far away after all: the mass stands, o needs the maximum
+            acc, m, l = _attend_all(q, k_ptr, v_ptr, stride_kn, stride_vn, None, lowest, Nk, scale, BLOCK_N, D, WIDE)
 
     o_at = o_ptr + (head * Nq + rows)[:, None] * D + d[None, :]
     tl.store(o_at, (acc / l[:, None]).to(o_ptr.dtype.element_ty), mask=rows[:, None] < Nq)
@@ -294,9 +319,11 @@ def attention_with_column_mass_triton(q: Tensor, k: Tensor, v: Tensor,
     mass = None
     if lse_prev is not None:
         lse_prev = lse_prev.contiguous()
-        mass = torch.empty(B, H, G, Nk, dtype=torch.float32, device=q.device)
+        mass = torch.empty(B, H, G, Nk, dtype=_mass_dtype(q), device=q.device)
+    # fastest on an H200 at D = 128; the sums over rows are cheaper with fewer warps
+    config = _attention_config(q, k, v, 8, 3) if mass is None else _attention_config(q, k, v, 4, 2)
     _dense_kernel[(G, B * H)](q, k, v, lse_prev, o, lse, mass, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                              H, Nq, Nk, LOG2E / math.sqrt(D), **_attention_config(q))
+                              H, Nq, Nk, LOG2E / math.sqrt(D), **config)
     return o, lse, mass
 
 
@@ -317,61 +344,107 @@ def _hash_kernel(seed, row, column):
 
 
 @_jit
-def _choose_kernel(mass_ptr, static_ptr, columns_ptr, counts_ptr, stride_static, seed, threshold, top, lucky, G, N, K,
-                   BLOCK: tl.constexpr):
-    """One program: one group. Find the top-th largest mass digit by digit, then list what is chosen in order."""
+def _always_kernel(always_ptr, static_ptr, stride_static, seed, threshold, N, BLOCK: tl.constexpr):
+    """The random and static columns of every group, the same for all heads."""
+    group, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    always = _hash_kernel(seed, group, column) < threshold
+    if static_ptr is not None:
+        always |= tl.load(static_ptr + group.to(tl.int64) * stride_static + column, mask=column < N, other=0) != 0
+    tl.store(always_ptr + group.to(tl.int64) * N + column, always.to(tl.uint8), mask=column < N)
+
+
+@_jit
+def _find_least(bits_ptr, n, step, top, lo, hi, END: tl.constexpr, BLOCK: tl.constexpr):
+    """The top-th largest of n numbers, `step` apart, and how many of its equals belong to the top.
+
+    They are counted in 62 bins over lo..hi-1 and one bin on either side; the bin that holds the one sought is the next lo..hi-1.
+    lo..hi-1 may be a guess: if it is wrong, an outer bin holds it."""
+    lane, bins = tl.arange(0, BLOCK), tl.arange(0, 64)
+    missing = top
+    lo, hi = lo.to(tl.int64), hi.to(tl.int64)                                       # hi may be 2^31
+    while hi - lo > 1:
+        shift = 0
+        while (hi - lo - 1) >> shift >= 62:
+            shift += 1
+        counted = tl.zeros((64,), tl.int32)
+        for start in range(0, n, BLOCK):
+            at = start + lane
+            bits = tl.load(bits_ptr + at * step, mask=at < n, other=0).to(tl.int32)
+            inner = (bits - lo.to(tl.int32) >> shift) + 1
+            counted += tl.histogram(tl.minimum(tl.maximum(inner, 0), 63), 64, mask=at < n)
+        at_least = tl.cumsum(counted, 0, reverse=True)                              # (64,)
+        bin = tl.sum((at_least >= top).to(tl.int32)) - 1
+        missing = top - tl.sum(tl.where(bins > bin, counted, 0))
+        if bin == 0:
+            hi = lo
+            lo = lo * 0
+        elif bin == 63:
+            lo = hi
+            hi = hi * 0 + END
+        else:
+            lo += (bin - 1).to(tl.int64) << shift
+            hi = lo + (1 << shift)
+    return lo.to(tl.int32), missing
+
+
+@_jit
+def _choose_kernel(bits_ptr, always_ptr, columns_ptr, counts_ptr, stride_always, top, G, N, K,
+                   BITS: tl.constexpr, SAMPLE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: one group. Find the top-th largest mass, then list what is chosen in order.
+    Non-negative floats are ordered as their bits are, so that masses are compared as integers below END."""
     row = tl.program_id(0).to(tl.int64)
-    group = (row % G).to(tl.int32)
-    mass_ptr += row * N
-    lane, bins = tl.arange(0, BLOCK), tl.arange(0, 256)
+    lane = tl.arange(0, BLOCK)
+    bits_ptr += row * N
+    if always_ptr is not None:
+        always_ptr += row % G * stride_always
 
-    # Non-negative floats are ordered as their bits are. 8 bits a pass, from the highest: `least` holds those found,
-    # `missing` how many columns are still to take among those that share them.
-    least, missing = tl.cast(0, tl.uint32), top
-    for shift in tl.static_range(24, -8, -8):
-        histogram = tl.zeros((256,), tl.int32)
-        for start in range(0, N, BLOCK):
-            column = start + lane
-            bits = tl.load(mass_ptr + column, mask=column < N, other=0.0).to(tl.uint32, bitcast=True)
-            candidate = (column < N) & (bits >> shift >> 8 == least)                # one shift by 32 is undefined
-            histogram += tl.histogram((bits >> shift & 255).to(tl.int32), 256, mask=candidate)
-        at_least = tl.cumsum(histogram, 0, reverse=True)                            # (256,)
-        digit = tl.sum((at_least >= missing).to(tl.int32)) - 1
-        missing -= tl.sum(tl.where(bins > digit, histogram, 0))
-        least = least << 8 | digit.to(tl.uint32)
+    # A sample tells the answer to about 10 %, which spares the whole row all counts but one, mostly.
+    END: tl.constexpr = (1 << BITS - 1) - 1
+    lo, hi = top * 0, top * 0 + END
+    if N >= 4 * SAMPLE:
+        guess, _ = _find_least(bits_ptr, SAMPLE, N // SAMPLE, (top.to(tl.int64) * SAMPLE // N).to(tl.int32), lo, hi, END, SAMPLE)
+        lo = tl.maximum(guess - (31 << BITS - 16), 0)
+        hi = tl.minimum(guess, END - (31 << BITS - 16)) + (31 << BITS - 16)
+    least, missing = _find_least(bits_ptr, N, 1, top, lo, hi, END, BLOCK)
 
-    ties, drawn, count = 0, 0, 0
+    count = 0
     for start in range(0, N, BLOCK):
         column = start + lane
         inside = column < N
-        bits = tl.load(mass_ptr + column, mask=inside, other=0.0).to(tl.uint32, bitcast=True)
-        tied = inside & (bits == least)
-        lucky_here = inside & (_hash_kernel(seed, group, column) < threshold)
-        chosen = inside & (bits > least)
-        chosen |= tied & (ties + tl.cumsum(tied.to(tl.int32), 0) <= missing)
-        chosen |= lucky_here & (drawn + tl.cumsum(lucky_here.to(tl.int32), 0) <= lucky)
-        if static_ptr is not None:
-            chosen |= tl.load(static_ptr + group.to(tl.int64) * stride_static + column, mask=inside, other=0) != 0
-        slot = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(columns_ptr + row * K + slot, column, mask=chosen & (slot < K))
-        ties += tl.sum(tied.to(tl.int32))
-        drawn += tl.sum(lucky_here.to(tl.int32))
-        count += tl.sum(chosen.to(tl.int32))
+        bits = tl.load(bits_ptr + column, mask=inside, other=0).to(tl.int32)
+        sure = bits > least
+        if always_ptr is not None:
+            sure |= tl.load(always_ptr + column, mask=inside, other=0) != 0
+        sure &= inside
+        tied = inside & (bits == least) & (sure == 0)
+        both = tl.cumsum(sure.to(tl.int32) + (tied.to(tl.int32) << 16), 0)          # two counts in one scan
+        total = tl.sum(sure.to(tl.int32) + (tied.to(tl.int32) << 16))
+        taken = tl.minimum(both >> 16, missing)                                     # of equals, the first
+        slot = count + (both & 0xFFFF) + taken - 1
+        tl.store(columns_ptr + row * K + slot, column, mask=(sure | tied & (both >> 16 <= missing)) & (slot < K))
+        count += (total & 0xFFFF) + tl.minimum(total >> 16, missing)
+        missing -= tl.minimum(total >> 16, missing)
     tl.store(counts_ptr + row, tl.minimum(count, K))
 
 
 def choose_columns_triton(mass: Tensor, keep: float, random: float, static: Tensor | None, seed: int,
                           static_most: int) -> tuple[Tensor, Tensor]:
     _require_triton()
-    _need(mass.dtype == torch.float32, f"mass must be float32, got {mass.dtype}")
+    bits = {torch.float32: torch.uint32, torch.float16: torch.uint16, torch.bfloat16: torch.uint16}
+    _need(mass.dtype in bits, f"mass must be float32, float16 or bfloat16, got {mass.dtype}")
     G, N = mass.shape[-2:]
-    top, lucky, K = _list_sizes(N, keep, random, static_most)
+    top, K = _list_sizes(N, keep, random, static_most)
+    always = None if static is None else static.contiguous().view(torch.uint8)
+    stride = N if static is not None and static.ndim == 2 else 0
+    if random > 0:
+        always = torch.empty(G, N, dtype=torch.uint8, device=mass.device)
+        _always_kernel[(G, triton.cdiv(N, 1024))](always, None if static is None else static.contiguous().view(torch.uint8), stride,
+                                                  seed & 0x7FFFFFFF, round(random * 2 ** 24), N, BLOCK=1024)
+        stride = N
     columns = torch.zeros(*mass.shape[:-1], K, dtype=torch.int32, device=mass.device)
     counts = torch.empty(mass.shape[:-1], dtype=torch.int32, device=mass.device)
-    stride_static = N if static is not None and static.ndim == 2 else 0
-    static = None if static is None else static.contiguous().view(torch.uint8)
-    _choose_kernel[(counts.numel(),)](mass.contiguous(), static, columns, counts, stride_static, seed & 0x7FFFFFFF,
-                                      round(random * 2 ** 24), top, lucky, G, N, K, BLOCK=4096, num_warps=8)
+    _choose_kernel[(counts.numel(),)](mass.contiguous().view(bits[mass.dtype]), always, columns, counts, stride, top, G, N, K,
+                                      BITS=8 * mass.itemsize, SAMPLE=2048, BLOCK=2048, num_warps=4)
     return columns, counts
 
 
@@ -380,7 +453,7 @@ def _column_sparse_kernel(q_ptr, k_ptr, v_ptr, columns_ptr, counts_ptr, base_ptr
                           stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                           stride_vb, stride_vh, stride_vn, stride_bb, stride_bh, stride_bn,
                           H, Nq, K, scale, TINY_REST: tl.constexpr, EPILOGUE: tl.constexpr,
-                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, LOG2E: tl.constexpr):
+                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, LOG2E: tl.constexpr, WIDE: tl.constexpr):
     """One program: one group of rows against its listed columns; then it splits them off or adds them."""
     g, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
@@ -401,11 +474,11 @@ def _column_sparse_kernel(q_ptr, k_ptr, v_ptr, columns_ptr, counts_ptr, base_ptr
     for start in range(0, full, BLOCK_N):
         ahead = start + BLOCK_N + lane
         index_ahead = tl.load(columns_ptr + ahead, mask=ahead < count, other=0)     # a tile ahead of its k, v
-        acc, m, l, p = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, index, None, scale, acc, m, l, D, False)
+        acc, m, l, _ = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, index, None, scale, acc, m, l, D, WIDE, False, True)
         index = index_ahead
     if full < count:
         listed = full + lane < count
-        acc, m, l, p = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, index, listed, scale, acc, m, l, D, True)
+        acc, m, l, _ = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, index, listed, scale, acc, m, l, D, WIDE, True, True)
 
     o = acc / tl.where(l > 0, l, 1.0)[:, None]                                      # (rows, D); 0 in an empty list
     lse = m + tl.log2(tl.where(l > 0, l, 1.0))                                      # (rows,) in log2; -inf there
@@ -444,18 +517,18 @@ def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Ten
     _column_sparse_kernel[(triton.cdiv(Nq, GROUP), B * H)](
         q, k, v, columns.contiguous(), counts.contiguous(), base, None if lse is None else lse.contiguous(), out, out_lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base.stride()[:3], H, Nq, columns.shape[-1],
-        LOG2E / math.sqrt(D), TINY_REST=TINY_REST, EPILOGUE=epilogue, **_attention_config(q))
+        LOG2E / math.sqrt(D), TINY_REST=TINY_REST, EPILOGUE=epilogue, **_attention_config(q, k, v, 8, 3))
     return out, out_lse
 
 
 @_jit
 def _mlp_fc1_kernel(x_ptr, w1_ptr, b1_ptr, columns_ptr, counts_ptr, act_ptr, delta_ptr,
-                    stride_xb, stride_xm, stride_w, stride_ab, stride_am, M, K, C,
+                    stride_xb, stride_xm, stride_w, stride_ab, stride_af, M, K, C,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: one group of rows, one tile of its listed hidden columns."""
     g, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     group = b * tl.num_programs(0) + g
-    rows = (g * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows = g * BLOCK_M + tl.arange(0, BLOCK_M)
     slot, c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     count = tl.load(counts_ptr + group)
     listed = slot < count
@@ -463,46 +536,55 @@ def _mlp_fc1_kernel(x_ptr, w1_ptr, b1_ptr, columns_ptr, counts_ptr, act_ptr, del
     width = tl.where(tl.program_id(1) * BLOCK_N < count, C, 0)      # nothing listed: just write the zeros
 
     # absent rows and columns read valid memory and are not stored: no masks in the loop
-    x_at = x_ptr + b * stride_xb + tl.minimum(rows, M - 1)[:, None] * stride_xm + c[None, :]
+    x_at = x_ptr + b * stride_xb + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * stride_xm + c[None, :]
     w_at = w1_ptr + hidden[:, None] * stride_w + c[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, width, BLOCK_C):
-        acc = tl.dot(tl.load(x_at + start), tl.trans(tl.load(w_at + start)), acc, input_precision="ieee")
+        acc = tl.dot(tl.load(w_at + start), tl.trans(tl.load(x_at + start)), acc, input_precision="ieee")    # (columns, rows)
     if b1_ptr is not None:
-        acc += tl.load(b1_ptr + hidden).to(tl.float32)[None, :]
+        acc += tl.load(b1_ptr + hidden).to(tl.float32)[:, None]
     # gelu_tanh(a) = a sigmoid(2 sqrt(2 / pi) (a + 0.044715 a^3))
     new = acc * tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))
-    new = new.to(act_ptr.dtype.element_ty)                                          # (rows, columns)
-    inside = (rows[:, None] < M) & listed[None, :]
-    act_at = act_ptr + b * stride_ab + rows[:, None] * stride_am + hidden[None, :]
+    new = new.to(act_ptr.dtype.element_ty)                                          # (columns, rows)
+    inside = listed[:, None] & (rows < M)[None, :]
+    act_at = act_ptr + b * stride_ab + hidden[:, None] * stride_af + rows[None, :]
     old = tl.load(act_at, mask=inside, other=0.0)
     tl.store(act_at, new, mask=inside)
-    delta = tl.where(listed[None, :], new.to(tl.float32) - old.to(tl.float32), 0.0)
-    delta_at = delta_ptr + (b * M + rows)[:, None] * K + slot[None, :]
-    tl.store(delta_at, delta.to(delta_ptr.dtype.element_ty), mask=(rows[:, None] < M) & (slot < K)[None, :])
+    delta = tl.where(inside, new.to(tl.float32) - old.to(tl.float32), 0.0)
+    delta_at = delta_ptr + (group * K + slot)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    tl.store(delta_at, delta.to(delta_ptr.dtype.element_ty), mask=(slot < K)[:, None])
 
 
 @_jit
 def _mlp_fc2_kernel(delta_ptr, w2t_ptr, columns_ptr, counts_ptr, out_ptr, stride_w, stride_ob, stride_om, M, K,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
     """One program: one group of rows, one tile of output channels."""
     g, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     group = b * tl.num_programs(0) + g
-    rows = (g * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows = g * BLOCK_M + tl.arange(0, BLOCK_M)
     lane, c = tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     count = tl.load(counts_ptr + group)
     columns_ptr += group * K
-    delta_at = delta_ptr + (b * M + tl.minimum(rows, M - 1))[:, None] * K
+    delta_at = delta_ptr + group * K * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for start in range(0, count, BLOCK_N):
-        slot = start + lane
-        listed = slot < count
-        hidden = tl.load(columns_ptr + slot, mask=listed, other=0).to(tl.int64)     # (columns,)
-        delta = tl.load(delta_at + slot[None, :], mask=listed[None, :], other=0.0)  # (rows, columns)
-        w = tl.load(w2t_ptr + hidden[:, None] * stride_w + c[None, :], mask=listed[:, None], other=0.0)
-        acc = tl.dot(delta, w, acc, input_precision="ieee")                      # (rows, channels)
-    out_at = out_ptr + b * stride_ob + rows[:, None] * stride_om + c[None, :]
+    full = count // BLOCK_N * BLOCK_N
+    hidden = tl.load(columns_ptr + lane, mask=lane < count, other=0)                # (columns,)
+    for start in range(0, full, BLOCK_N):
+        ahead = start + BLOCK_N + lane
+        hidden_ahead = tl.load(columns_ptr + ahead, mask=ahead < count, other=0)    # a tile ahead of its weights
+        if WIDE:
+            hidden = hidden.to(tl.int64)
+        delta = tl.load(delta_at + (start + lane)[:, None] * BLOCK_M)               # (columns, rows)
+        w = tl.load(w2t_ptr + hidden[:, None] * stride_w + c[None, :])              # (columns, channels)
+        acc = tl.dot(tl.trans(delta), w, acc, input_precision="ieee")               # (rows, channels)
+        hidden = hidden_ahead
+    if full < count:
+        listed = full + lane < count
+        delta = tl.load(delta_at + (full + lane)[:, None] * BLOCK_M, mask=listed[:, None], other=0.0)
+        w = tl.load(w2t_ptr + hidden.to(tl.int64)[:, None] * stride_w + c[None, :], mask=listed[:, None], other=0.0)
+        acc = tl.dot(tl.trans(delta), w, acc, input_precision="ieee")
+    out_at = out_ptr + b * stride_ob + rows.to(tl.int64)[:, None] * stride_om + c[None, :]
     inside = rows[:, None] < M
     tl.store(out_at, (tl.load(out_at, mask=inside, other=0.0) + acc).to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -516,23 +598,24 @@ def _channel_tile(C: int, most: int) -> int:
 def sparse_mlp_fc1_triton(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor, counts: Tensor, act: Tensor) -> Tensor:
     _check(x, w1)
     _need(act.stride(-1) == 1, "the last dimension of act must have stride 1")
-    (B, M, C), K = x.shape, columns.shape[-1]
-    delta = torch.empty(B, M, K, dtype=x.dtype, device=x.device)
-    _mlp_fc1_kernel[(triton.cdiv(M, GROUP), triton.cdiv(K, 128), B)](
+    (B, M, C), (_, G, K) = x.shape, columns.shape
+    delta = torch.empty(B, G, K, GROUP, dtype=x.dtype, device=x.device)
+    _mlp_fc1_kernel[(G, triton.cdiv(K, 128), B)](
         x, w1, b1, columns.contiguous(), counts.contiguous(), act, delta, *x.stride()[:2], w1.stride(0), *act.stride()[:2],
         M, K, C, BLOCK_M=GROUP, BLOCK_N=128, BLOCK_C=_channel_tile(C, 64 if x.element_size() == 2 else 32),
-        num_warps=8, num_stages=3)
+        num_warps=4, num_stages=3)
     return delta
 
 
 def sparse_mlp_fc2_triton(delta: Tensor, w2t: Tensor, columns: Tensor, counts: Tensor, out: Tensor) -> Tensor:
     _check(delta, w2t)
     _need(out.stride(-1) == 1, "the last dimension of out must have stride 1")
-    (B, M, K), C = delta.shape, w2t.shape[1]
+    (B, G, K, _), (_, M, C) = delta.shape, out.shape
     tile = _channel_tile(C, 128)
-    _mlp_fc2_kernel[(triton.cdiv(M, GROUP), C // tile, B)](
+    _mlp_fc2_kernel[(G, C // tile, B)](
         delta.contiguous(), w2t, columns.contiguous(), counts.contiguous(), out, w2t.stride(0), *out.stride()[:2], M, K,
-        BLOCK_M=GROUP, BLOCK_N=64 if delta.element_size() == 2 else 32, BLOCK_C=tile, num_warps=8, num_stages=3)
+        BLOCK_M=GROUP, BLOCK_N=64 if delta.element_size() == 2 else 32, BLOCK_C=tile,
+        WIDE=w2t.shape[0] * w2t.stride(0) >= 2**31, num_warps=8, num_stages=3)
     return out
 
 
@@ -615,13 +698,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @_op("attention_with_column_mass(Tensor q, Tensor k, Tensor v, Tensor lse_prev) -> (Tensor, Tensor, Tensor)",
      lambda q, k, v, lse_prev: (q.new_empty(q.shape), lse_prev.new_empty(q.shape[:3]),
-                                lse_prev.new_empty(*q.shape[:2], -(-q.shape[2] // GROUP), k.shape[2])))
+                                q.new_empty(*q.shape[:2], -(-q.shape[2] // GROUP), k.shape[2], dtype=_mass_dtype(q))))
 def attention_with_column_mass(q: Tensor, k: Tensor, v: Tensor, lse_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, and how much probability each group of rows gives to each column.
 
     q (B, H, Nq, D), k and v (B, H, Nk, D), lse_prev (B, H, Nq) of an earlier step -> o, lse as `attention`,
-    and mass (B, H, G, Nk) float32: mass[g, j] = sum over rows i of group g of exp(s_ij - lse_prev_i).
-    A row's own lse is known only after its last column, so that one pass has to use the previous one. With
+    and mass (B, H, G, Nk), bfloat16 for half-precision inputs: mass[g, j] = sum over rows i of group g of
+    exp(s_ij - lse_prev_i). A row's own lse is known only after its last column, so that one pass has to use the previous one. With
     lse_prev = lse each row hands out exactly 1. The column sums of arXiv 2506.03275.
     """
     run = attention_with_column_mass_triton if _use_triton(q) else attention_with_column_mass_ref
@@ -629,7 +712,7 @@ def attention_with_column_mass(q: Tensor, k: Tensor, v: Tensor, lse_prev: Tensor
 
 
 def _fake_choose_columns(mass, keep, random, static, seed, static_most):
-    K = _list_sizes(mass.shape[-1], keep, random, static_most)[2]
+    K = _list_sizes(mass.shape[-1], keep, random, static_most)[1]
     counts = mass.new_empty(mass.shape[:-1], dtype=torch.int32)
     return counts.new_empty(*counts.shape, K), counts
 
@@ -645,9 +728,9 @@ def choose_columns(mass: Tensor, keep: float, random: float, static: Tensor | No
                    static_most: int | None = None) -> tuple[Tensor, Tensor]:
     """List the columns of every group: the heaviest, some at random, and those that are always kept.
 
-    mass (..., G, N) float32, not negative; keep, random: shares of N in 0..1; static: bool (N,), (G, N) or
+    mass (..., G, N) not negative; keep, random: shares of N in 0..1; static: bool (N,), (G, N) or
     None; seed: an integer, new for every choice -> columns (..., G, K) int32, counts (..., G) int32.
-    Each list is the union, ascending: the ceil(keep N) columns of largest mass (the lower index wins a tie),
+    Each list is the union, ascending: the ceil(keep N) columns of largest mass (a tie takes those not listed anyway, lower first),
     each column with probability `random` (by a hash of seed, group and column: the same for every head, on
     every device and however heads are spread over them), and the static ones. Entries past counts are 0.
     K is computed from the arguments alone. static_most, the most static columns of any group, is counted
@@ -707,12 +790,13 @@ def add_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor
 
 
 @_op("sparse_mlp_fc1(Tensor x, Tensor w1, Tensor? b1, Tensor columns, Tensor counts, Tensor(a!) act) -> Tensor",
-     lambda x, w1, b1, columns, counts, act: x.new_empty(*x.shape[:2], columns.shape[-1]), ("act",))
+     lambda x, w1, b1, columns, counts, act: x.new_empty(*columns.shape, GROUP), ("act",))
 def sparse_mlp_fc1(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor, counts: Tensor, act: Tensor) -> Tensor:
     """Recompute the listed hidden columns of gelu_tanh(x w1^T + b1) and say by how much they changed.
 
-    x (B, M, C), w1 (F, C), b1 (F,) or None, columns (B, G, K) int32, counts (B, G) int32, act (B, M, F): the
-    cached activation, updated in place in the listed columns -> delta (B, M, K) in x's dtype, 0 in padding.
+    x (B, M, C), w1 (F, C), b1 (F,) or None, columns (B, G, K) int32, counts (B, G) int32, act (B, F, M): the
+    cached activation, column after column, so that a column's rows lie side by side; updated in place where listed
+    -> delta (B, G, K, GROUP) in x's dtype, a group's columns side by side, 0 in padding.
     delta is new minus old as *stored* in act, so what fc2 has summed up stays the sum of what act holds.
     """
     run = sparse_mlp_fc1_triton if _use_triton(x) else sparse_mlp_fc1_ref
@@ -729,7 +813,7 @@ def _sparse_mlp_fc2(delta, w2t, columns, counts, out):
 def sparse_mlp_fc2(delta: Tensor, w2t: Tensor, columns: Tensor, counts: Tensor, out: Tensor) -> Tensor:
     """Add packed deltas times the listed rows of w2t onto the cached output, in place.
 
-    delta (B, M, K) from `sparse_mlp_fc1`, w2t (F, C): the second weight transposed, columns (B, G, K) int32,
+    delta (B, G, K, GROUP) from `sparse_mlp_fc1`, w2t (F, C): the second weight transposed, columns (B, G, K) int32,
     counts (B, G) int32, out (B, M, C) -> out.
     """
     _sparse_mlp_fc2(delta, w2t, columns, counts, out)

@@ -226,11 +226,11 @@ class Stage:
     ema: float = 0.999
 
 
-FLUX_STAGES = (Stage("autoencoder", 256, 100_000, 32, 3_000, (1e-3, 1e-5)),
-               Stage("flow 128", 128, 100_000, 512, 6_000, (1e-3, 1e-3)),
-               Stage("flow 256", 256, 100_000, 512, 5_000, (1e-3, 1e-3)),
-               Stage("flow 512", 512, 60_000, 256, 3_000, (1e-3, 1e-4)),
-               Stage("guided 512", 512, 60_000, 256, 800, (3e-4, 0.0), ema=0.995))
+FLUX_STAGES = (Stage("autoencoder", 256, 100_000, 32, 2_500, (1e-3, 1e-5)),
+               Stage("flow 128", 128, 200_000, 512, 10_000, (1e-3, 1e-3)),
+               Stage("flow 256", 256, 100_000, 512, 4_000, (1e-3, 1e-3)),
+               Stage("flow 512", 512, 60_000, 256, 2_400, (1e-3, 1e-4)),
+               Stage("guided 512", 512, 60_000, 256, 600, (3e-4, 0.0), ema=0.995))
 
 
 def run_stage(stage, model, loss, folder, device):

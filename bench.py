@@ -214,7 +214,7 @@ def kernels(args):
         row(f"column-sparse attention, {keep:.1%} kept", shape, dense, backend, ours, f"**{dense / ours:.2f}x**", f"{1 / keep:.1f}x", keep * flops)
         if n < 10_000:
             flex = flex_ms(q, k, v, columns, counts)
-            row(f"the same, dense: flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-", keep * flops)
+            row("the same, dense: flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-", keep * flops)
 
     rows, dim, hidden, keep = 4_352, 3_072, 12_288, 0.30
     x = torch.randn(1, rows, dim, device="cuda", dtype=torch.bfloat16)

@@ -21,16 +21,14 @@ FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 25
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import common
-from cache import Sparsity, chipmunk_attention, chipmunk_mlp, make_plan, make_state
+from cache import Sparsity, chipmunk_attention, chipmunk_mlp, make_state
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -77,6 +75,11 @@ class Config:
     guidance: float
     shift: bool                # shift the schedule towards noise for larger pictures?
     sparsity: Sparsity
+
+    @property
+    def width(self):
+        return self.size
+    height = width
 
 
 # Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps change
@@ -574,31 +577,14 @@ def main():
     parser, chipmunk = common.make_parser(__doc__, CONFIGS)
     chipmunk.add_argument("--mlp-keys", type=common.number(float, 0, 1), metavar="SHARE",
                           help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
-    args = parser.parse_args()
-    config = CONFIGS[args.model]
-    steps = args.steps or config.steps
-    sparsity = common.chosen_sparsity(args, config.sparsity, steps, config.steps)
-    plan = make_plan(steps, sparsity)
-    if args.show_plan:
-        return common.show_plan(make_plan(steps, replace(sparsity, measure=(), skip=())) if args.dense else plan)
-
-    # everything that can be wrong is found before a network is loaded
-    common.check_prompt(args.prompt)
-    if args.dense and args.compare:
-        raise common.Fail("--dense and --compare exclude each other; --compare draws both")
-    height = common.round_size("height", args.height or config.size)
-    width = common.round_size("width", args.width or config.size)
-    guidance = config.guidance if args.guidance is None else args.guidance
-    if args.guidance is not None and not config.flux.guidance:
+    args, config = common.parse(parser, CONFIGS, "flux")
+    if args.guidance and not config.flux.guidance:
         common.note(f"{args.model} takes no guidance; --guidance has no effect")
-    device = common.pick_device(args.device)
-    dtype = common.DTYPES[args.dtype or ("float32" if args.model == "tiny" and device.type == "cpu" else "bfloat16")]
-    folder = args.weights or (Path(__file__).parent / config.weights if args.model == "tiny" else config.weights)
-    out = common.check_out(args.out, "flux", (".png",))
+    device, dtype, folder = args.device, args.dtype, args.folder
 
-    h, w = height // 16, width // 16                                 # in tokens
-    caches = 0 if args.dense else cache_bytes(config.flux, sparsity, config.text_length + h * w, dtype)
-    for part, make in parts(config).items():
+    h, w = args.height // 16, args.width // 16                       # in tokens
+    caches = 0 if args.dense else cache_bytes(config.flux, args.sparsity, config.text_length + h * w, dtype)
+    for part, make in parts(config).items():                         # everything that can be wrong is found before a network is loaded
         common.check_memory(make, torch.float32 if part == "autoencoder" else dtype, device, caches if part == "flux" else 0)
     for part, make in parts(config).items():
         common.check_weights(make, common.weight_files(folder, config.files[part]))
@@ -610,44 +596,25 @@ def main():
     if not args.dense:
         flux.lay_out_for_deltas()
     noise = patchify(make_noise(config.autoencoder.z, h, w, args.seed).to(device, dtype))                # (1, N, 4 z)
-    sigmas = make_sigmas(steps, h * w, config.shift)
+    sigmas = make_sigmas(args.steps, h * w, config.shift)
 
-    def denoise(plan, title):
-        """-> tokens (1, N, 4 z), state, seconds"""
-        state = make_state(len(flux.double_blocks) + len(flux.single_blocks), sparsity, layout.static, args.seed) if plan else None
-        began = time.perf_counter()
-        x = sample(flux, noise, text, pooled, guidance, sigmas, layout, plan, state, lambda steps: tqdm(steps, title, leave=False))
-        x.sum().item()                                               # wait for the device
-        return x, state, time.perf_counter() - began
-    if args.compare and device.type == "cuda":                       # compile every kernel first, so that both times are fair
-        first_sparse = next((step.index for step in plan if step.attn == "sparse"), 0)
-        denoise(plan[:first_sparse + 1], "warming up")
-        denoise(None, "warming up")
-    x, state, seconds = denoise(None if args.dense else plan, "denoising")
-    results = [x]
-    if args.compare:
-        dense, _, dense_seconds = denoise(None, "dense")
-        results = [dense, x]
+    def run(plan, progress):
+        state = plan and make_state(len(flux.double_blocks) + len(flux.single_blocks), args.sparsity, layout.static, args.seed)
+        return sample(flux, noise, text, pooled, args.guidance, sigmas, layout, plan, state, progress), state
+    x, state, seconds, dense, dense_seconds = common.denoise(run, args)                                  # x (1, N, 4 z)
     del flux
     autoencoder = load_part("autoencoder", config, folder, device, torch.float32)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):             # as the original
-        pictures = [autoencoder.decode(unpatchify(x.float(), h, w)).float().clamp(-1, 1) for x in results]  # (1, 3, height, width)
+        pictures = [autoencoder.decode(unpatchify(tokens.float(), h, w)).float().clamp(-1, 1)
+                    for tokens in (dense, x) if tokens is not None]                                      # (1, 3, height, width)
 
-    settings = {"model": args.model, "width": width, "height": height, "steps": steps, "guidance": guidance, "seed": args.seed,
-                "device": device.type, "dtype": str(dtype).removeprefix("torch."), "dense": args.dense, "compare": args.compare}
-    if args.weights:
-        settings["weights"] = str(args.weights)
+    common.write_png(args.out, torch.cat(pictures, dim=3)[0], common.describe(args))
+    print(f"{args.out}: {args.width}x{args.height}, {args.steps} steps, seed {args.seed}, {time.perf_counter() - start:.1f} s")
     if not args.dense:
-        settings |= common.sparsity_settings(sparsity)
-    common.write_png(out, torch.cat(pictures, dim=3)[0], common.describe(args.prompt, settings))
-    print(f"{out}: {width}x{height}, {steps} steps, seed {args.seed}, {time.perf_counter() - start:.1f} s")
-    if not args.dense:
-        attn, mlp, saved = work_done(config.flux, len(layout.static), h * w, plan, state)
+        attn, mlp, saved = work_done(config.flux, len(layout.static), h * w, args.plan, state)
         print(f"recomputed {attn:.1%} of attention columns and {mlp:.1%} of MLP columns; saved {saved:.1%} of the operations")
     if args.compare:
-        a, b = pictures
-        print(f"left dense {dense_seconds:.2f} s, right Chipmunk {seconds:.2f} s ({dense_seconds / seconds:.2f}x); "
-              f"PSNR {common.psnr(a, b):.2f} dB, SSIM {common.ssim(a, b):.4f}")
+        print(common.comparison(*pictures, dense_seconds, seconds))
 
 
 if __name__ == "__main__":

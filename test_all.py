@@ -2,7 +2,8 @@
 
 In order: kernels (definitions against naive float64 sums, Triton kernels against the definitions: in Triton's
 interpreter on a CPU, compiled on a GPU), text encoders and tokenizers against transformers, FLUX.1 against diffusers,
-deltas against dense, the command line and its errors. Oracles that are not installed are skipped.
+deltas against dense, the command line and its errors; then the same for Wan2.1 and HunyuanVideo. Oracles that are not
+installed are skipped.
 """
 import json
 import math
@@ -20,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from safetensors.torch import load, load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")       # before the kernels are imported
@@ -29,12 +30,14 @@ if not torch.cuda.is_available():
 import bench
 import common
 import flux_chipmunk
+import hunyuan_chipmunk
 import sparse_kernels as sk
 import train_tiny
+import wan_chipmunk
 from cache import VIDEO_SKIPS, Sparsity, fit_steps, listed, make_plan, make_state, skip_preset
-from text_encoders import (CLIP_L, T5_XXL, UMT5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder,
-                           load_clip_tokenizer, load_t5_tokenizer, relative_position_buckets, tokenize)
-from voxel import token_order
+from text_encoders import (CLIP_L, LLAMA_8B, T5_XXL, UMT5_XXL, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder, T5Config,
+                           T5Encoder, load_clip_tokenizer, load_t5_tokenizer, relative_position_buckets, tokenize)
+from voxel import local_windows, token_order
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]     # the interpreter has no bf16 dot
@@ -985,19 +988,23 @@ def test_plan():
         make_plan(5, Sparsity(skip=(0,)))
 
 
-def run_flux(sparsity, height, width, text_length, steps, config=SMALL, change=True):
-    """-> [(dense v, Chipmunk v)] for every step of a generation of a small random model; both see Chipmunk's x."""
-    model = randomise_all(flux_chipmunk.Flux(config)).to(DEVICE)
-    model.lay_out_for_deltas()
-    inputs = flux_inputs(config, height, width, text_length, device=DEVICE)
-    state = make_state(config.double_blocks + config.single_blocks, sparsity, inputs["layout"].static, seed=0)
+def run_steps(model, inputs, sparsity, steps, layers, change=True):
+    """-> [(dense v, Chipmunk v)] for every step of a generation of a small model, both from Chipmunk's x, and the state."""
+    state = make_state(layers, sparsity, inputs["layout"].static, seed=0)
     pairs = []
     with torch.no_grad():
         for step in make_plan(steps, sparsity):
             pairs.append((model(**inputs), model(**inputs, state=state, step=step)))
             if change:
-                inputs = inputs | {"x": inputs["x"] - 0.1 * pairs[-1][1], "t": inputs["t"] - 0.1}
+                inputs = inputs | {"x": inputs["x"] - 0.1 * pairs[-1][1], "t": 0.9 * inputs["t"]}
     return pairs, state
+
+
+def run_flux(sparsity, height, width, text_length, steps, config=SMALL, change=True):
+    model = randomise_all(flux_chipmunk.Flux(config)).to(DEVICE)
+    model.lay_out_for_deltas()
+    inputs = flux_inputs(config, height, width, text_length, device=DEVICE)
+    return run_steps(model, inputs, sparsity, steps, config.double_blocks + config.single_blocks, change)
 
 
 @pytest.mark.parametrize("delta", ["mass", "paper"])
@@ -1100,16 +1107,16 @@ def test_psnr_and_ssim():
     assert abs(common.ssim(a, b)) < 0.1 < 0.9 < common.ssim(a, a + 0.05 * b) < 1
 
 
-def call(monkeypatch, *words):
-    """Run flux_chipmunk.py's command line in this process. -> exit status"""
-    monkeypatch.setattr(sys, "argv", ["flux_chipmunk.py", *map(str, words)])
+def call(monkeypatch, *words, program=flux_chipmunk):
+    """Run a model file's command line in this process. -> exit status"""
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, words)])
     try:
-        common.run(flux_chipmunk.main)
+        common.run(program.main)
         return 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
-        return stop.code
+        return stop.code or 0
 
 
 PROMPT = ("--prompt", "a red circle on a blue background")
@@ -1163,13 +1170,18 @@ def test_the_picture_says_what_the_prompt_says():
             assert bench.check(scene, picture, bench.shape_masks()) == (1, 1, 0, 0, True)
 
 
-@pytest.mark.parametrize("model", ["tiny", "schnell", "dev"])
-def test_settings_are_read_as_they_are_written(model):
-    config = flux_chipmunk.CONFIGS[model]
-    sparsity = fit_steps(config.sparsity, config.steps, config.steps)
-    words = [f"--{name}={value}" for name, value in common.sparsity_settings(sparsity).items() if name != "mlp-keys"]
-    args = common.make_parser("", flux_chipmunk.CONFIGS)[0].parse_args(words)
-    assert common.chosen_sparsity(args, Sparsity(mlp_keys=sparsity.mlp_keys), config.steps, config.steps) == sparsity
+@pytest.mark.parametrize("program, model", [(program, model) for program in (flux_chipmunk, wan_chipmunk, hunyuan_chipmunk) for model in program.CONFIGS])
+def test_settings_are_read_as_they_are_written(monkeypatch, tmp_path, program, model):
+    video = program is not flux_chipmunk
+
+    def parse(*words):
+        out = tmp_path / ("a.mp4" if video else "a.png")
+        monkeypatch.setattr(sys, "argv", ["program", "--prompt", "a cat", f"--out={out}", *words])
+        return common.parse(common.make_parser("", program.CONFIGS, video)[0], program.CONFIGS, "a")[0]
+    args = parse(f"--model={model}", "--device=cpu", "--weights=somewhere")
+    said = common.settings(args)
+    again = parse(*[f"--{name}={value}" for name, value in said.items() if value is not False])
+    assert said["model"] == model and common.settings(again) == said and again.plan == args.plan and again.sparsity == args.sparsity
 
 
 def test_files_are_not_overwritten_unless_named(monkeypatch, tmp_path):
@@ -1294,3 +1306,706 @@ def test_too_little_memory_unwritable_folder_full_disk_and_ctrl_c(monkeypatch, t
     with monkeypatch.context() as m:
         m.setattr(flux_chipmunk, "sample", interrupt)
         assert "interrupted" in error()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Wan2.1: transformer, autoencoder and sampler against diffusers, names and shapes against the published lists
+
+SMALL_WAN = wan_chipmunk.WanConfig(channels=4, text_dim=24, dim=96, heads=3, ff=160, layers=3)       # D = 32: 12 + 10 + 10
+SMALL_WAN_128 = replace(SMALL_WAN, dim=256, heads=2)
+SMALL_VAE = wan_chipmunk.VAEConfig(channels=8, multipliers=(1, 2, 3, 4), blocks=2, mean=(0.1, -0.2, 0.3), std=(0.5, 1.0, 2.0))
+
+
+def wan_inputs(config, grid, batch=1, device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    t, h, w = grid
+    text = torch.randn(batch, 9, config.text_dim, generator=generator)
+    text[:, 6:] = 0                                                              # padding
+    return dict(x=torch.randn(batch, config.channels, t, 2 * h, 2 * w, generator=generator).to(device), text=text.to(device),
+                t=torch.full((batch,), 700.0, device=device), layout=wan_chipmunk.make_layout(config, grid, 1, device))
+
+
+@pytest.mark.parametrize("config", [SMALL_WAN, SMALL_WAN_128], ids=["D = 32", "D = 128"])
+@torch.no_grad()
+def test_wan_equals_diffusers(config):
+    diffusers = pytest.importorskip("diffusers")
+    ours = randomise_all(wan_chipmunk.Wan(config))
+    theirs = diffusers.WanTransformer3DModel(
+        num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads, in_channels=config.channels,
+        out_channels=config.channels, text_dim=config.text_dim, freq_dim=config.frequencies, ffn_dim=config.ff, num_layers=config.layers).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    inputs = wan_inputs(config, (5, 6, 11), batch=2)
+    want = theirs(inputs["x"], timestep=inputs["t"], encoder_hidden_states=inputs["text"], return_dict=False)[0]
+    assert_near(ours(**inputs), want)
+
+
+@torch.no_grad()
+def test_wan_autoencoder_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    config = SMALL_VAE
+    ours = randomise_all(wan_chipmunk.VAE(config))
+    theirs = diffusers.AutoencoderKLWan(base_dim=config.channels, z_dim=config.z, dim_mult=list(config.multipliers), num_res_blocks=config.blocks,
+                                        latents_mean=list(config.mean), latents_std=list(config.std)).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.mean, config.std))
+    for frames in (1, 5, 13):
+        video = torch.randn(2, 3, frames, 16, 24, generator=torch.Generator().manual_seed(frames))
+        want = theirs.encode(video).latent_dist.mean
+        assert_near(ours.encode(video), (want - mean) / std)
+        assert_near(ours.decode((want - mean) / std).clamp(-1, 1), theirs.decode(want).sample)
+
+
+@torch.no_grad()
+def test_wan_decoder_gives_the_same_video_in_pieces():
+    vae = randomise_all(wan_chipmunk.VAE(SMALL_VAE))
+    latents = torch.randn(1, 3, 5, 2, 3)
+    whole = vae.decode(latents)
+    assert whole.shape == (1, 3, 17, 16, 24)
+    for size in (1, 2):
+        pieces = list(vae.decode_pieces(latents, size))
+        assert [piece.shape[2] for piece in pieces] == ([1, 4, 4, 4, 4] if size == 1 else [5, 8, 4])
+        assert_near(torch.cat(pieces, dim=2), whole, 1e-5)
+    later = latents.clone()
+    later[:, :, 3:] = 0                                                          # no frame sees the future
+    assert_near(vae.decode(later)[:, :, :9], whole[:, :, :9], 1e-5)
+    video = whole.clamp(-1, 1)
+    assert_near(vae.encode(video[:, :, :9]), vae.encode(video)[:, :, :3], 1e-5)
+
+
+def test_wan_schedule():
+    sigmas, timesteps = wan_chipmunk.make_schedule(50, 5.0)
+    assert sigmas[0] < 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+    alphas = np.linspace(1, 1 / 1000, 1000)[::-1]                                # the original's own steps
+    even = np.linspace(float(np.float32(1 - alphas[0])), float(np.float32(1 - alphas[-1])), 51)[:-1]
+    want = 5 * even / (1 + 4 * even)
+    assert np.abs(sigmas[:-1].numpy() - want).max() < 1e-7 and timesteps.tolist() == (want * 1000).astype(np.int64).tolist()
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    scheduler.set_timesteps(50)
+    assert 1 <= (scheduler.timesteps - timesteps).abs().max() <= 4               # diffusers' table is another one
+
+
+@pytest.mark.parametrize("steps, shift", [(1, 5.0), (2, 5.0), (3, 1.0), (12, 8.0), (50, 5.0)])
+def test_unipc_equals_diffusers(steps, shift):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1])   # the original's
+    schedule = wan_chipmunk.make_schedule(steps, shift)
+    assert torch.equal(schedule[0], scheduler.sigmas) and torch.equal(schedule[1], scheduler.timesteps)
+    noise = torch.randn(1, 2, 3, 4, 4)
+
+    def model(x, t, text, layout, state, step):
+        return torch.sin(3 * x + t.view(-1, 1, 1, 1, 1) / 300) - text
+    x = noise
+    for t in scheduler.timesteps:
+        v, v_negative = model(x, t[None], 0.5, None, None, None), model(x, t[None], -0.2, None, None, None)
+        x = scheduler.step(v_negative + 4.0 * (v - v_negative), t, x, return_dict=False)[0]
+    assert_near(wan_chipmunk.sample(model, noise, (0.5, -0.2), 4.0, schedule, None), x)
+
+
+@pytest.mark.parametrize("model, part, checkpoint", [("1.3b", "wan", "wan21_t2v_1_3b_diffusers"), ("14b", "wan", "wan21_t2v_14b_diffusers"),
+                                                     ("14b", "vae", "wan21_vae_diffusers"), ("1.3b", "umt5", "umt5_xxl_encoder")])
+def test_wan_has_the_published_names_and_shapes(model, part, checkpoint):
+    file = CHECKPOINTS / f"{checkpoint}.json"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    with torch.device("meta"):
+        module = wan_chipmunk.parts(wan_chipmunk.CONFIGS[model])[part]()
+    assert {name: list(p.shape) for name, p in module.state_dict().items()} == json.loads(file.read_text())["tensors"]
+
+
+def test_wan_has_the_published_facts():
+    if not (CHECKPOINTS / "prompt_facts.json").exists():
+        pytest.skip("prompt_facts.json is not there")
+    facts = json.loads((CHECKPOINTS / "prompt_facts.json").read_text())["wan21"]
+    for config in (wan_chipmunk.CONFIGS["1.3b"], wan_chipmunk.CONFIGS["14b"]):
+        assert config.negative_prompt == facts["default_negative_prompt"] and config.text_length == facts["text_len"]
+        assert list(config.vae.mean) == facts["vae"]["mean"] and list(config.vae.std) == facts["vae"]["std"]
+        assert (config.frames, config.fps, config.steps) == (facts["frame_num_default"], facts["sample_fps"], facts["sample_steps_default_t2v"])
+
+
+def test_tiny_wan_fits():
+    config = wan_chipmunk.CONFIGS["tiny"]
+    with torch.device("meta"):
+        numbers = sum(p.numel() for make in wan_chipmunk.parts(config).values() for p in make().parameters())
+    assert 2 * numbers < 15.5e6                                                  # half precision, and room for the tokenizer
+    assert (config.frames // 4 + 1) * config.height * config.width // 256 >= 1024
+
+# ---------------------------------------------------------------------------------------------------
+# voxels and deltas
+
+
+@pytest.mark.parametrize("grid", [(5, 16, 16), (9, 10, 17), (3, 5, 7), (12, 12, 24), (1, 4, 8)])
+@pytest.mark.parametrize("side", [1, 3])
+def test_local_windows(grid, side):
+    block = (4, 4, 8)
+    order = token_order(grid, block)
+    static = local_windows(grid, block, side, order)
+    coords = torch.stack(torch.unravel_index(order, grid), dim=-1) // torch.tensor(block)        # (N, 3) which voxel
+    most = torch.tensor([-(-n // b) - 1 for n, b in zip(grid, block)])
+    assert static.shape == (-(-len(order) // 128), len(order))
+    for g, near in enumerate(static):
+        voxels = coords[128 * g:128 * (g + 1)].unique(dim=0)
+        width = side if len(voxels) == 1 else 1
+        low = torch.minimum(voxels - width // 2, most - width + 1).clamp(min=0)[:, None]         # (voxels, 1, 3)
+        assert torch.equal(near, ((coords >= low) & (coords < low + width)).all(-1).any(0))
+        assert near.sum() <= 128 * side**3 or side == 1                          # what cache_bytes reckons with
+    if grid == (12, 12, 24):
+        assert (static.sum(1) == 128 * side**3).all()                            # at the edges too: the window moves inwards
+
+
+def run_wan(sparsity, grid, steps, config=SMALL_WAN, change=True):
+    model = randomise_all(wan_chipmunk.Wan(config)).to(DEVICE)
+    return run_steps(model, wan_inputs(config, grid, device=DEVICE), sparsity, steps, config.layers, change)
+
+
+@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("grid", [(4, 8, 8), (5, 7, 11), (1, 3, 5)])
+def test_wan_with_every_column_kept_equals_dense(delta, grid):
+    sparsity = Sparsity(attn_keys=1.0, mlp_keys=0.0, measure=3, delta=delta, dense_layers=1)
+    for dense, ours in run_wan(sparsity, grid, steps=6)[0]:
+        assert_near(ours, dense)
+
+
+@pytest.mark.parametrize("delta", ["mass", "paper"])
+def test_wan_when_nothing_changed_equals_dense(delta):
+    sparsity = Sparsity(attn_keys=0.1, attn_random=0.01, mlp_keys=0.0, measure=4, delta=delta, dense_layers=1)
+    for dense, ours in run_wan(sparsity, (5, 7, 11), steps=6, change=False)[0]:
+        assert_near(ours, dense)
+
+
+def test_wan_keeps_the_window_and_dense_layers():
+    _, state = run_wan(Sparsity(attn_keys=0.01, mlp_keys=0.0, dense_layers=1), (8, 8, 16), steps=3)
+    static = wan_chipmunk.make_layout(SMALL_WAN, (8, 8, 16), 1).static
+    for layer in state.layers[1:]:
+        kept = listed(layer.columns, layer.counts, 1024).cpu()
+        assert kept[..., static].all() and static.float().mean() <= kept.float().mean() < 0.2
+    assert state.layers[0] is None
+
+
+def test_wan_skipped_step_reruns_the_final_layer_only():
+    model = randomise_all(wan_chipmunk.Wan(SMALL_WAN))
+    inputs = wan_inputs(SMALL_WAN, (2, 4, 6))
+    state = make_state(3, Sparsity(dense_layers=1), inputs["layout"].static, seed=0)
+    plan = make_plan(4, Sparsity(skip=(3,)))
+    with torch.no_grad():
+        for step in plan[:3]:
+            model(**inputs, state=state, step=step)
+        model.blocks = torch.nn.ModuleList()                                     # a skipped step cannot have used these
+        before = model(**inputs, state=state, step=plan[3])
+        later = model(**inputs | {"t": torch.tensor([200.0]), "x": inputs["x"] * float("nan")}, state=state, step=plan[3])
+    assert later.isfinite().all() and (later - before).norm() > 1e-3 * before.norm()
+
+
+def generate(grid, texts, sparsity, seed=0, steps=6):
+    """A whole generation of a small random model -> latents"""
+    model = randomise_all(wan_chipmunk.Wan(SMALL_WAN)).to(DEVICE)
+    layout = wan_chipmunk.make_layout(SMALL_WAN, grid, 1, DEVICE)
+    noise = wan_chipmunk.make_noise(4, grid[0], 2 * grid[1], 2 * grid[2], seed).to(DEVICE)
+    states = [make_state(3, sparsity, layout.static, seed) for _ in texts]
+    with torch.no_grad():
+        x = wan_chipmunk.sample(model, noise, texts, 4.0, wan_chipmunk.make_schedule(steps, 5.0), layout, make_plan(steps, sparsity), states)
+    return x, states
+
+
+def test_wan_branches_do_not_mix_and_generations_do_not_either():
+    sparsity = Sparsity(attn_keys=0.1, attn_random=0.01, mlp_keys=0.0, measure=(1,), skip=(4,), dense_layers=1)
+    prompt, negative = torch.randn(2, 1, 9, 24, device=DEVICE)
+    x, (state, state_negative) = generate((4, 8, 8), (prompt, negative), sparsity)
+    assert not torch.equal(state.hidden, state_negative.hidden)
+    assert not torch.equal(state.layers[1].o_rest, state_negative.layers[1].o_rest)
+    generate((5, 4, 9), (prompt, negative), sparsity)                            # another size between
+    assert torch.equal(generate((4, 8, 8), (prompt, negative), sparsity)[0], x)
+    same, (state, state_negative) = generate((4, 8, 8), (prompt, prompt), sparsity)              # equal texts: equal states
+    assert torch.equal(state.hidden, state_negative.hidden) and not torch.equal(same, x)
+
+
+def test_wan_work_done():
+    sparsity = Sparsity(attn_keys=1.0, mlp_keys=0.0, measure=(1,), dense_layers=1, skip=(3,))
+    plan = make_plan(5, sparsity)
+    _, state = run_wan(sparsity, (2, 8, 8), steps=5)
+    attn, saved = wan_chipmunk.work_done(SMALL_WAN, 128, 9, plan, [state, state])
+    assert attn == pytest.approx((4 + 2 * 5) / 15)                               # a measure step counts its kept columns again
+    assert 0 < saved < 0.2
+    assert [s.index for s in make_plan(50, replace(sparsity, skip=VIDEO_SKIPS)) if s.skip] == list(VIDEO_SKIPS)
+
+
+@torch.no_grad()
+def test_wan_in_bfloat16_keeps_modulation_and_residuals_in_float32(tmp_path):
+    model = randomise_all(wan_chipmunk.Wan(SMALL_WAN))
+    save_file(model.state_dict(), tmp_path / "wan.safetensors")
+    half = common.load_weights(lambda: wan_chipmunk.Wan(SMALL_WAN), [tmp_path / "wan.safetensors"], torch.device("cpu"), torch.bfloat16, wan_chipmunk.Wan.FLOAT32)
+    kept = {name for name, p in half.named_parameters() if p.dtype == torch.float32}
+    assert "blocks.0.scale_shift_table" in kept and "blocks.0.attn1.norm_q.weight" in kept and "blocks.0.attn1.to_q.weight" not in kept
+    inputs = wan_inputs(SMALL_WAN, (2, 4, 6))
+    out = half(**inputs | {"text": inputs["text"].bfloat16()})
+    assert out.dtype == torch.float32
+    assert_near(out, model(**inputs), 0.02)
+
+# ---------------------------------------------------------------------------------------------------
+# videos and the command line
+
+
+def read_video(file):
+    """-> frames (T, 3, H, W) in -1..1, metadata"""
+    import av
+    with av.open(str(file)) as video:
+        stream = video.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        frames = [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in video.decode(stream)]
+        return torch.stack(frames).permute(0, 3, 1, 2) / 127.5 - 1, video.metadata, float(stream.average_rate)
+
+
+def test_videos_are_written_whole_and_can_be_read(tmp_path):
+    from PIL import Image
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 96), indexing="ij")
+    frames = torch.stack([torch.stack([x, y, torch.full_like(x, i / 4 - 1)]) for i in range(9)])
+    texts = {"prompt": "ein Kreis, 圆", "seed": "3"}
+    common.write_video(tmp_path / "a.mp4", iter(frames), 8, texts)
+    got, metadata, fps = read_video(tmp_path / "a.mp4")
+    assert got.shape == frames.shape and fps == 8 and metadata["prompt"] == texts["prompt"] and metadata["seed"] == "3"
+    assert common.psnr(got, frames) > 35                                         # so the colours are right, too
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")                             # index in front: plays while it loads
+    for name, psnr in ("a.webp", 40), ("a.gif", 20):
+        common.write_video(tmp_path / name, frames, 8, texts)
+        picture = Image.open(tmp_path / name)
+        assert picture.n_frames == 9 and picture.size == (96, 64)
+        text = picture.getexif()[0x010E] if name == "a.webp" else picture.info["comment"]
+        assert json.loads(text) == texts
+        picture.seek(5)
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+        assert common.psnr(pixels, frames[5]) > psnr
+
+    def broken():
+        yield frames[0]
+        raise KeyboardInterrupt
+    for name in ("b.mp4", "b.webp", "b.gif"):
+        with pytest.raises(KeyboardInterrupt):
+            common.write_video(tmp_path / name, broken(), 8, texts)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "a.mp4", "a.webp"]
+    with pytest.raises(common.Fail):
+        common.write_video(tmp_path / "nowhere" / "a.mp4", frames, 8, texts)
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory, t5_file):
+    """Random weights for the tiny model, laid out like the big repository; the transformer in two shards."""
+    folder, config = tmp_path_factory.mktemp("wan"), wan_chipmunk.CONFIGS["tiny"]
+    for part, make in wan_chipmunk.parts(config).items():
+        file = folder / wan_chipmunk.FILES[part]
+        file.parent.mkdir()
+        tensors = {name: p.half() for name, p in randomise_all(make()).state_dict().items()}
+        if part != "wan":
+            save_file(tensors, file)
+            continue
+        shards = {f"{file.stem}-0000{i + 1}-of-00002.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+        for name, shard in shards.items():
+            save_file(shard, file.parent / name)
+        index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+        Path(f"{file}.index.json").write_text(json.dumps(index))
+    (folder / "tokenizer").mkdir()
+    shutil.copy(t5_file, folder / "tokenizer" / "tokenizer.json")
+    return folder
+
+
+def call_wan(monkeypatch, *words):
+    return call(monkeypatch, *words, program=wan_chipmunk)
+
+
+WAN_PROMPT = ("--prompt", "a red circle moves up on a blue background", "--device", "cpu")
+WAN_FAST = (*WAN_PROMPT, "--width", 96, "--height", 64, "--frames", 5, "--steps", 4)
+
+
+def test_wan_writes_a_video_that_can_be_made_again(monkeypatch, tmp_path, capsys, wan_folder):
+    fast = (*WAN_FAST, "--weights", wan_folder)
+    assert call_wan(monkeypatch, *fast, "--seed", 7, "--negative-prompt=-dark", "--fps", 5, "--out", tmp_path / "a.mp4") == 0
+    out = capsys.readouterr().out
+    assert "seed 7" in out and "5 frames" in out and "saved" in out
+    frames, metadata, fps = read_video(tmp_path / "a.mp4")
+    assert frames.shape == (5, 3, 64, 96) and fps == 5 and metadata["prompt"] == WAN_PROMPT[1]
+    assert json.loads(metadata["settings"])["negative-prompt"] == "-dark"
+    assert call_wan(monkeypatch, *fast, "--width", 128, "--out", tmp_path / "b.gif") == 0        # another size between
+    again = shlex.split(metadata["command"])[2:]
+    assert call_wan(monkeypatch, *again, "--out", tmp_path / "c.mp4") == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "c.mp4").read_bytes()                # two in one process
+    subprocess.run([sys.executable, wan_chipmunk.__file__, *again, "--out", str(tmp_path / "d.mp4")], check=True)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "d.mp4").read_bytes()                # and one in another
+    assert call_wan(monkeypatch, *fast, "--dense", "--negative-prompt", "", "--out", tmp_path / "e.mp4") == 0
+    assert (tmp_path / "e.mp4").read_bytes() != (tmp_path / "a.mp4").read_bytes()
+
+
+def test_wan_compares_and_writes_pictures(monkeypatch, tmp_path, capsys, wan_folder):
+    from PIL import Image
+    monkeypatch.chdir(tmp_path)
+    fast = (*WAN_FAST, "--weights", wan_folder)
+    assert call_wan(monkeypatch, *fast, "--compare", "--out", "both.webp") == 0
+    assert "PSNR" in capsys.readouterr().out and Image.open("both.webp").size == (192, 64)
+    assert call_wan(monkeypatch, *fast, "--frames", 1) == 0
+    assert Image.open("wan.png").size == (96, 64) and Image.open("wan.png").text["prompt"] == WAN_PROMPT[1]
+    assert call_wan(monkeypatch, *fast, "--dense") == 0 and (tmp_path / "wan.mp4").exists()
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--frames", 16), "4 n + 1, like 13 or 17"), (("--frames", 0), "whole number"), (("--frames", "x"), "whole number"), (("--fps", 0), "whole number from 1"),
+    (("--out", "a.png"), "must end in .mp4 or .webp or .gif"), (("--frames", 1, "--out", "a.mp4"), "must end in .png"), (("--model", "2b"), "invalid choice"),
+    (("--weights", "nowhere"), "no folder nowhere"), (("--weights", "."), "has no "), (("--negative-prompt", "caf\udce9"), "no valid UTF-8"),
+    (("--width", 2048, "--height", 2048, "--frames", 1001), "but this needs"), (("--prompt", " "), "no prompt"), (("--dense", "--compare"), "exclude"), (("--mlp-keys", "0.3"), "unrecognized"), (("--skip-steps", "0"), "step 0 cannot"),
+])
+def test_wan_bad_words_end_in_one_line(monkeypatch, tmp_path, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert call_wan(monkeypatch, *WAN_PROMPT, *words) not in (0, None)
+    error = capsys.readouterr().err.strip()
+    assert says in error and error.startswith("error: ") and "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_wan_bad_weights_and_adjusted_words_are_said(monkeypatch, tmp_path, capsys, wan_folder):
+    folder = tmp_path / "weights"
+    shutil.copytree(wan_folder, folder)
+    words = ("--prompt", "a red circle " * 100, "--width", 100, "--height", 64, "--frames", 5, "--steps", 1, "--device", "cpu", "--weights", folder)
+    assert call_wan(monkeypatch, *words, "--out", tmp_path / "a.mp4") == 0
+    notes = capsys.readouterr().err
+    assert "width 100 rounded to 96" in notes and "too long for UMT5" in notes
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    (folder / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    for says in ("has no transformer/diffusion_pytorch_model-00002", "is no list of shards", "has no transformer/diffusion_pytorch_model.safetensors"):
+        assert call_wan(monkeypatch, *words, "--out", tmp_path / "b.mp4") not in (0, None)
+        assert says in capsys.readouterr().err.strip().splitlines()[-1]
+        index.write_text("{}") if "00002" in says else index.unlink(missing_ok=True)
+    assert not (tmp_path / "b.mp4").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# HunyuanVideo: Llama
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_llama_equals_transformers(kv_heads):
+    transformers = pytest.importorskip("transformers")
+    ours = randomise(LlamaEncoder(LlamaConfig(97, dim=48, heads=4, kv_heads=kv_heads, ff=80, layers=5)))
+    theirs = transformers.LlamaModel(transformers.LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})).eval()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(97, (3, 60), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(60) < torch.tensor([[1], [33], [60]])
+    want = theirs(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states[-3]
+    states = ours(ids)
+    assert_close(states[mask], want[mask])
+    assert_close(ours(ids[1:2, :33]), states[1:2, :33])              # padding is as good as absent
+    cropped, cropped_mask = hunyuan_chipmunk.encode_text(ours, ids[:2], mask[:2], crop=9)
+    assert torch.equal(cropped_mask, mask[:2, 9:33])
+    assert_close(cropped[1], states[1, 9:33])
+
+
+# ---------------------------------------------------------------------------------------------------
+# HunyuanVideo: transformer and VAE against diffusers, names and shapes against the published lists
+
+HUNYUAN = hunyuan_chipmunk.HunyuanConfig(z=4, text_dim=24, pooled_dim=20, dim=64, heads=2, ff=256, dual_blocks=2, single_blocks=3,
+                                             refiner_blocks=2, axes=(8, 12, 12))
+HUNYUAN_128 = replace(HUNYUAN, dim=256, ff=1024, axes=(16, 56, 56))      # head dimension 128
+
+
+def hunyuan_inputs(config, grid, text_length, batch=1, device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    t, h, w = grid
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(device)
+    return dict(x=randn(batch, config.z, t, 2 * h, 2 * w), t=torch.full((batch,), 0.7, device=device), text=randn(batch, text_length, config.text_dim),
+                pooled=randn(batch, config.pooled_dim), guidance=torch.full((batch,), 6.0, device=device),
+                layout=hunyuan_chipmunk.make_layout(config, grid, text_length, device))
+
+
+@pytest.mark.parametrize("config", [HUNYUAN, HUNYUAN_128], ids=["D = 32", "D = 128"])
+@torch.no_grad()
+def test_hunyuan_equals_diffusers(config):
+    diffusers = pytest.importorskip("diffusers")
+    ours = randomise_all(hunyuan_chipmunk.Hunyuan(config))
+    theirs = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=config.z, out_channels=config.z, num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads,
+        num_layers=config.dual_blocks, num_single_layers=config.single_blocks, num_refiner_layers=config.refiner_blocks,
+        text_embed_dim=config.text_dim, pooled_projection_dim=config.pooled_dim,
+        rope_axes_dim=config.axes).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    inputs = hunyuan_inputs(config, (5, 6, 9), 7, batch=2)           # no axis a multiple of the voxel's
+    mask = torch.arange(7) < torch.tensor([[4], [7]])
+    want = theirs(hidden_states=inputs["x"], timestep=1000 * inputs["t"], encoder_hidden_states=inputs["text"], encoder_attention_mask=mask.long(),
+                  pooled_projections=inputs["pooled"], guidance=1000 * inputs["guidance"], return_dict=False)[0]
+    assert_near(ours(**inputs, mask=mask), want)
+    for i, length in enumerate(mask.sum(1)):                         # one prompt needs no mask: its padding is cut off
+        one = {name: value[i:i + 1] for name, value in inputs.items() if name != "layout"}
+        one |= {"text": one["text"][:, :length], "layout": hunyuan_chipmunk.make_layout(config, (5, 6, 9), int(length))}
+        assert_near(ours(**one), want[i:i + 1])
+
+
+HUNYUAN_VAE = hunyuan_chipmunk.VAEConfig(channels=16, multipliers=(1, 2, 3, 3), blocks=2, z=4, groups=8, tile=8, tile_frames=4)
+
+
+def vae_pair():
+    """Ours and diffusers' VAE with the same weights and small tiles."""
+    diffusers = pytest.importorskip("diffusers")
+    ours = randomise_all(hunyuan_chipmunk.VAE(HUNYUAN_VAE))
+    theirs = diffusers.AutoencoderKLHunyuanVideo(latent_channels=4, block_out_channels=(16, 32, 48, 48), layers_per_block=2, norm_num_groups=8).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+@torch.no_grad()
+def test_hunyuan_vae_equals_diffusers():
+    ours, theirs = vae_pair()
+    video = torch.randn(2, 3, 9, 24, 40, generator=torch.Generator().manual_seed(0))
+    latents = theirs.encode(video).latent_dist.mean                  # (2, 4, 3, 3, 5)
+    assert_near(ours.encode(video), 0.476986 * latents)
+    assert_near(ours.decode(0.476986 * latents), theirs.decode(latents).sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(3, 4, 5), (4, 8, 9), (5, 4, 4), (8, 5, 11), (11, 14, 3), (7, 9, 10)])
+def test_tiled_decoding_equals_diffusers(shape):
+    ours, theirs = vae_pair()
+    theirs.enable_tiling(tile_sample_min_height=64, tile_sample_min_width=64, tile_sample_min_num_frames=16,
+                         tile_sample_stride_height=48, tile_sample_stride_width=48, tile_sample_stride_num_frames=12)
+    latents = torch.randn(1, 4, *shape, generator=torch.Generator().manual_seed(0))
+    chunks = list(ours.decode_pieces(0.476986 * latents))
+    assert all(chunk.shape[2] in range(1, 14) for chunk in chunks) or shape[0] <= 4
+    assert_near(torch.cat(chunks, dim=2), theirs.decode(latents).sample)
+    if max(shape[1:]) <= 8 and shape[0] <= 4:
+        assert torch.equal(chunks[0], ours.decode(0.476986 * latents))
+
+
+def test_tiles_are_the_originals():
+    """129 frames of 720p: chunks of 49, 48 and 32 frames from tiles of at most 17 x 32 x 32 latents."""
+    vae, tiles = hunyuan_chipmunk.VAE(replace(HUNYUAN_VAE, tile=32, tile_frames=16)), []
+
+    def decode(latents):
+        tiles.append(latents.shape[2:])
+        t, h, w = latents.shape[2:]
+        return torch.zeros(1, 3, 4 * t - 3, 8 * h, 8 * w, dtype=torch.uint8).float()
+    vae.decode = decode
+    assert [chunk.shape[2:] for chunk in vae.decode_pieces(torch.zeros(1, 4, 33, 90, 32))] == [(49, 720, 256), (48, 720, 256), (32, 720, 256)]
+    assert len(tiles) == 3 * 4 * 2 and set(tiles[:8]) == {(17, 32, 32), (17, 32, 8), (17, 18, 32), (17, 18, 8)} and tiles[-1] == (9, 18, 8)
+
+
+@torch.no_grad()
+def test_a_frame_does_not_see_later_ones():
+    block = randomise_all(hunyuan_chipmunk.AttentionBlock(16, 8))
+    block.group_norm = torch.nn.Identity()                           # whose statistics span all frames
+    x = torch.randn(1, 16, 4, 3, 2)
+    later = x.clone()
+    later[:, :, 2:] += 1
+    assert torch.equal(block(x)[:, :, :2], block(later)[:, :, :2])
+    assert not torch.equal(block(x)[:, :, 2:], block(later)[:, :, 2:])
+
+
+@pytest.mark.parametrize("part, checkpoint", [("hunyuan", "hunyuanvideo_dit_diffusers"), ("vae", "hunyuanvideo_vae_diffusers"),
+                                              ("llama", "llama3_8b_llava_text_encoder")])
+def test_hunyuan_has_the_published_names_and_shapes(part, checkpoint):
+    file = CHECKPOINTS / f"{checkpoint}.json"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    with torch.device("meta"):
+        module = hunyuan_chipmunk.parts(hunyuan_chipmunk.CONFIGS["720p"])[part]()
+    assert {name: list(p.shape) for name, p in module.state_dict().items()} == json.loads(file.read_text())["tensors"]
+
+
+def test_template_and_preset_are_the_originals():
+    config, file = hunyuan_chipmunk.CONFIGS["720p"], CHECKPOINTS / "prompt_facts.json"
+    if file.exists():
+        facts = json.loads(file.read_text())["hunyuanvideo"]
+        assert (config.template, config.crop, config.text_length) == (facts["llm_template_video"], facts["crop_start_video"], facts["text_len_after_crop"])
+    assert config.llama == LLAMA_8B and config.template.format("{a} cat").count("{a} cat") == 1
+    plan = make_plan(50, common.fit_steps(config.sparsity, 50, 50))
+    assert [s.index for s in plan if s.attn in ("dense", "measure")] == [0, 1, 10, 40] and sum(s.skip for s in plan) == 25
+
+
+def test_hunyuan_tiny_fits():
+    with torch.device("meta"):
+        weights = sum(p.numel() for make in hunyuan_chipmunk.parts(hunyuan_chipmunk.CONFIGS["tiny"]).values() for p in make().parameters())
+    assert 2 * weights < 15.8e6
+
+
+def test_hunyuan_sigmas_noise_and_guidance():
+    sigmas = hunyuan_chipmunk.make_sigmas(50, 7.0)
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all() and sigmas[25].item() == pytest.approx(7 / 8)
+    noise = hunyuan_chipmunk.make_noise(4, (2, 3, 5), seed=1)
+    assert noise.shape == (1, 4, 2, 6, 10) and torch.equal(noise, hunyuan_chipmunk.make_noise(4, (2, 3, 5), seed=1))
+    rounded = hunyuan_chipmunk.sinusoid(torch.tensor([6.0], dtype=torch.bfloat16))
+    assert torch.equal(rounded, hunyuan_chipmunk.sinusoid(torch.tensor([6.016])))        # 6000 is 6016 in bf16
+
+
+def test_video_patches():
+    x = torch.arange(2 * 3 * 5 * 4 * 3).float().view(1, 30, 12)      # a grid of 2 x 3 x 5 tokens, z = 3
+    latents = hunyuan_chipmunk.unpatchify(x, (2, 3, 5))
+    assert latents.shape == (1, 3, 2, 6, 10)
+    assert torch.equal(latents[0, :, 1, 2:4, 4:6].flatten(), x[0, 15 + 5 + 2])           # token (1, 1, 2)
+
+# ---------------------------------------------------------------------------------------------------
+# deltas
+
+
+def run_hunyuan(sparsity, grid, text_length, steps, change=True):
+    model = randomise_all(hunyuan_chipmunk.Hunyuan(HUNYUAN)).to(DEVICE)
+    inputs = hunyuan_inputs(HUNYUAN, grid, text_length, device=DEVICE)
+    return run_steps(model, inputs, sparsity, steps, HUNYUAN.dual_blocks + HUNYUAN.single_blocks, change)
+
+
+@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("grid, text_length", [((4, 8, 8), 128), ((5, 6, 9), 13), ((1, 3, 5), 1)])
+def test_hunyuan_with_every_column_equals_dense(delta, grid, text_length):
+    sparsity = Sparsity(attn_keys=1.0, mlp_keys=0, measure=3, delta=delta, dense_layers=1)
+    for dense, ours in run_hunyuan(sparsity, grid, text_length, steps=7)[0]:
+        assert_near(ours, dense)
+
+
+@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("grid, text_length", [((4, 8, 8), 128), ((5, 6, 9), 13)])
+def test_hunyuan_with_nothing_changed_equals_dense(delta, grid, text_length):
+    sparsity = Sparsity(attn_keys=0.1, attn_random=0.02, mlp_keys=0, measure=4, delta=delta, dense_layers=1)
+    for dense, ours in run_hunyuan(sparsity, grid, text_length, steps=6, change=False)[0]:
+        assert_near(ours, dense)
+
+
+def test_hunyuan_keeps_text_columns_and_text_rows():
+    pairs, state = run_hunyuan(Sparsity(attn_keys=0.01, mlp_keys=0, dense_layers=1), (4, 8, 8), 40, steps=3)
+    assert 1e-6 < (pairs[-1][1] - pairs[-1][0]).norm() / pairs[-1][0].norm() < 0.5
+    assert state.layers[0] is None
+    for layer in state.layers[1:]:
+        kept = listed(layer.columns, layer.counts, 256 + 40)
+        assert kept[..., 256:].all() and kept.float().mean() < 0.2
+        assert layer.lse.shape == (1, 2, 256) and layer.o_rest.shape[2] == 256   # the video's rows alone
+
+
+def test_hunyuan_rejects_padding_with_a_state():
+    model, inputs = hunyuan_chipmunk.Hunyuan(HUNYUAN), hunyuan_inputs(HUNYUAN, (1, 2, 2), 3)
+    with pytest.raises(ValueError, match="cut the padding off"):
+        model(**inputs, mask=torch.ones(1, 3, dtype=torch.bool), state=make_state(5, Sparsity(), inputs["layout"].static, 0), step=make_plan(1, Sparsity())[0])
+
+
+def test_hunyuan_skipped_step_reruns_the_final_layer_only():
+    model, inputs = randomise_all(hunyuan_chipmunk.Hunyuan(HUNYUAN)), hunyuan_inputs(HUNYUAN, (2, 4, 8), 4)
+    state = make_state(5, Sparsity(mlp_keys=0, dense_layers=1), inputs["layout"].static, seed=0)
+    plan = make_plan(4, Sparsity(mlp_keys=0, skip=(3,)))
+    with torch.no_grad():
+        for step in plan[:3]:
+            model(**inputs, state=state, step=step)
+        del model.transformer_blocks, model.single_transformer_blocks, model.context_embedder    # a skipped step does without
+        later = inputs | {"x": torch.full_like(inputs["x"], float("nan"))}
+        a = model(**later, state=state, step=plan[3])
+        b = model(**later | {"t": torch.tensor([0.2])}, state=state, step=plan[3])
+    assert a.isfinite().all() and not torch.equal(a, b)
+
+
+def test_hunyuan_generations_do_not_meet():
+    """Two generations in one process, a changed resolution between them: as in separate processes."""
+    model = randomise_all(hunyuan_chipmunk.Hunyuan(HUNYUAN))
+    sparsity = Sparsity(attn_keys=0.1, attn_random=0.02, mlp_keys=0, measure=(1, 3), dense_layers=1)
+
+    @torch.no_grad()
+    def generate(grid):
+        inputs = hunyuan_inputs(HUNYUAN, grid, 5)
+        state = make_state(5, sparsity, inputs["layout"].static, seed=0)
+        return hunyuan_chipmunk.sample(model, inputs["x"], inputs["text"], inputs["pooled"], 6.0, hunyuan_chipmunk.make_sigmas(6, 7.0),
+                                       inputs["layout"], make_plan(6, sparsity), state)
+    first = generate((4, 8, 8))
+    generate((3, 5, 9))
+    assert torch.equal(generate((4, 8, 8)), first)
+
+
+def test_hunyuan_work_done():
+    sparsity = Sparsity(attn_keys=1.0, mlp_keys=0, measure=(1,), dense_layers=1)
+    _, state = run_hunyuan(sparsity, (1, 8, 8), 4, steps=4)
+    attn, saved = hunyuan_chipmunk.work_done(HUNYUAN, 64, 4, make_plan(4, sparsity), state)
+    assert attn == pytest.approx((4 + 4 * 5) / 20) and saved < 0     # the measure step counts its kept columns again
+    sparsity = Sparsity(attn_keys=0.1, mlp_keys=0, measure=(1,), skip=(3,), dense_layers=1)
+    _, state = run_hunyuan(sparsity, (1, 8, 8), 4, steps=4)
+    assert 0.25 < hunyuan_chipmunk.work_done(HUNYUAN, 64, 4, make_plan(4, sparsity), state)[1] < 0.5
+
+# ---------------------------------------------------------------------------------------------------
+# the command line
+
+
+@pytest.fixture(scope="module")
+def hunyuan_weights(tmp_path_factory, clip_folder):                
+    """A folder with random weights and small tokenizers, laid out like the big repository."""
+    folder, config = tmp_path_factory.mktemp("hunyuan"), hunyuan_chipmunk.CONFIGS["tiny"]
+    torch.manual_seed(0)
+    for part, make in hunyuan_chipmunk.parts(config).items():
+        file = folder / hunyuan_chipmunk.FILES[part]
+        file.parent.mkdir()
+        save_file({name: p.half() for name, p in make().state_dict().items()}, file)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer_2").symlink_to(clip_folder)
+    special = ["<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>"]
+    llama = Tokenizer(models.BPE())
+    llama.pre_tokenizer, llama.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    llama.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    llama.post_processor = processors.TemplateProcessing(single=f"{special[0]} $A", special_tokens=[(special[0], 0)])
+    llama.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return folder
+
+
+def test_template_is_cropped(hunyuan_weights):
+    tokenizer, config = load_t5_tokenizer(hunyuan_weights / "tokenizer" / "tokenizer.json"), hunyuan_chipmunk.CONFIGS["tiny"]
+    ids, mask, _ = tokenize(tokenizer, [config.template.format("a red circle")], config.crop + config.text_length, 0)
+    assert tokenizer.decode(ids[0, config.crop:mask.sum()].tolist(), skip_special_tokens=False) == "a red circle<|eot_id|>"
+
+
+def call_hunyuan(monkeypatch, *words):
+    return call(monkeypatch, *words, program=hunyuan_chipmunk)
+
+
+VIDEO = ("--prompt", "a red circle moves up on a blue background", "--device", "cpu")
+SHORT = (*VIDEO, "--width", 128, "--height", 64, "--frames", 9, "--steps", 4)
+
+
+def test_hunyuan_command_line(monkeypatch, tmp_path, capsys, hunyuan_weights):
+    av = pytest.importorskip("av")
+    weights = ("--weights", hunyuan_weights)
+    assert call_hunyuan(monkeypatch, *SHORT, *weights, "--seed", 7, "--skip-steps", "3", "--out", tmp_path / "a.mp4") == 0
+    out = capsys.readouterr().out
+    assert "seed 7" in out and "saved" in out
+    with av.open(str(tmp_path / "a.mp4")) as video:
+        stream, texts = video.streams.video[0], video.metadata
+        assert (stream.width, stream.height, stream.average_rate, len(list(video.decode(stream)))) == (128, 64, 8, 9)
+    assert texts["prompt"] == VIDEO[1] and texts["seed"] == "7"
+    assert call_hunyuan(monkeypatch, *SHORT, *weights, "--height", 96, "--frames", 1, "--out", tmp_path / "b.png") == 0      # another size between
+    again = shlex.split(texts["command"])[2:]
+    assert call_hunyuan(monkeypatch, *again, "--out", tmp_path / "c.mp4") == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "c.mp4").read_bytes()
+    assert call_hunyuan(monkeypatch, *SHORT, *weights, "--compare", "--out", tmp_path / "both.mp4") == 0
+    out = capsys.readouterr().out
+    assert "PSNR" in out and "SSIM" in out
+    with av.open(str(tmp_path / "both.mp4")) as video:
+        assert video.streams.video[0].width == 256
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--frames", 16), "4 n + 1"), (("--frames", 0), "whole number from 1"), (("--fps", 0), "whole number from 1"), (("--width", 10**9), "to 2048"),
+    (("--model", "1080p"), "invalid choice"), (("--out", "a.png"), "must end in"), (("--frames", 1, "--out", "a.mp4"), "must end in .png"),
+    (("--prompt", " "), "no prompt"), (("--dense", "--compare"), "exclude"), (("--weights", "nowhere"), "no folder nowhere"), (("--weights", "."), "has no "),
+    (("--mlp-keys", 0.3), "unrecognized"), (("--skip-steps", "0,3"), "step 0 cannot be skipped"),
+])
+def test_hunyuan_bad_words_end_in_one_line(monkeypatch, tmp_path, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert call_hunyuan(monkeypatch, *VIDEO, *words) not in (0, None)
+    error = capsys.readouterr().err.strip()
+    assert says in error and error.startswith("error: ") and "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_hunyuan_adjusted_words_and_foreign_weights(monkeypatch, tmp_path, capsys, hunyuan_weights):
+    words = ("--prompt", "a red circle " * 100, "--width", 100, "--height", 64, "--frames", 1, "--steps", 1, "--device", "cpu")
+    assert call_hunyuan(monkeypatch, *words, "--weights", hunyuan_weights, "--out", tmp_path / "a.png") == 0
+    notes = capsys.readouterr().err
+    assert "width 100 rounded to 96" in notes and "too long for Llama" in notes and "too long for CLIP" in notes
+    file = hunyuan_weights / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    try:
+        save_file(tensors | {"quant_conv.bias": torch.zeros(3)}, file)
+        assert call_hunyuan(monkeypatch, *SHORT, "--weights", hunyuan_weights, "--out", tmp_path / "b.mp4") not in (0, None)
+    finally:
+        save_file(tensors, file)
+    assert "quant_conv.bias is [3], not [16]" in capsys.readouterr().err and not (tmp_path / "b.mp4").exists()

@@ -3,7 +3,8 @@ Text encoders: a prompt becomes the states that a diffusion transformer reads.
 
     T5Encoder        FLUX.1 (T5 v1.1 XXL) and Wan2.1 (UMT5 XXL): one state per token
     CLIPTextEncoder  FLUX.1 and HunyuanVideo (CLIP-L): one pooled state per prompt
-    tokenize         prompts -> ids, with load_t5_tokenizer or load_clip_tokenizer
+    LlamaEncoder     HunyuanVideo (Llama 3 8B, as LLaVA tuned it): one state per token
+    tokenize         prompts -> ids, with load_t5_tokenizer (Llama's too) or load_clip_tokenizer
 
     ids, mask, cut = tokenize(load_t5_tokenizer("tokenizer_2/tokenizer.json"), ["a cat"], length=512, pad_id=0)
     states = T5Encoder(T5_XXL)(ids)  # (1, 512, 4096)
@@ -47,9 +48,21 @@ class CLIPConfig:
     length: int = 77  # positions, so the longest prompt
 
 
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab: int
+    dim: int
+    heads: int                    # of queries
+    kv_heads: int                 # of keys and values, each shared by heads / kv_heads query heads
+    ff: int
+    layers: int
+    theta: float = 500000.0       # RoPE's base
+
+
 T5_XXL = T5Config(vocab=32128, dim=4096, heads=64, head_dim=64, ff=10240, layers=24)
 UMT5_XXL = T5Config(vocab=256384, dim=4096, heads=64, head_dim=64, ff=10240, layers=24, per_layer_bias=True)
 CLIP_L = CLIPConfig(vocab=49408, dim=768, heads=12, ff=3072, layers=12)
+LLAMA_8B = LlamaConfig(vocab=128320, dim=4096, heads=32, kv_heads=8, ff=14336, layers=32)
 
 
 def relative_position_buckets(length, buckets, max_distance, device=None):
@@ -179,6 +192,62 @@ class CLIPTextEncoder(nn.Module):
         # End of text is the highest id of OpenAI's vocabulary. It is also the padding: argmax takes the first.
         pooled = hidden[torch.arange(B, device=ids.device), ids.argmax(dim=-1)]  # (B, C)
         return hidden, pooled
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.dim // config.heads
+        C, ff, kv = config.dim, config.ff, config.kv_heads * self.head_dim
+        self.input_layernorm = nn.RMSNorm(C, eps=1e-5)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(C, out, bias=False) for name, out in (
+            ("q_proj", C), ("k_proj", kv), ("v_proj", kv), ("o_proj", C))})
+        self.post_attention_layernorm = nn.RMSNorm(C, eps=1e-5)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(C, ff, bias=False), "up_proj": nn.Linear(C, ff, bias=False),
+                                  "down_proj": nn.Linear(ff, C, bias=False)})
+
+    def forward(self, x, rope):
+        h, attention, mlp = self.input_layernorm(x), self.self_attn, self.mlp
+        q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for proj in (attention.q_proj, attention.k_proj, attention.v_proj))  # (B, H, L, D), (B, H_kv, L, D) twice
+        o = F.scaled_dot_product_attention(rotate_halves(q, rope), rotate_halves(k, rope), v, is_causal=True, enable_gqa=True)
+        x = x + attention.o_proj(o.transpose(1, 2).flatten(2))                          # (B, L, C)
+        h = self.post_attention_layernorm(x)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))             # (B, L, C)
+
+
+def rotate_halves(x, rope):
+    """Rotate pairs (channel i, channel i + D / 2) of x (B, H, L, D) by cos, sin (L, D / 2)."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)                                                           # (B, H, L, D / 2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class LlamaEncoder(nn.Module):
+    """
+    Llama 3 without its head, as an encoder.
+
+    ids (B, L) int64 -> (B, L, dim), the states `skip` layers before the end, without the final norm (which
+    the checkpoints carry all the same). Attention is causal, so padding behind the prompt cannot reach it and
+    there is no mask; the states of the padding itself mean nothing.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab, config.dim)
+        self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+
+    def forward(self, ids, skip=2):
+        x = self.embed_tokens(ids)                                                      # (B, L, C)
+        D = self.config.dim // self.config.heads
+        omega = self.config.theta ** -(torch.arange(0, D, 2, device=ids.device) / D)    # (D / 2,)
+        angles = torch.arange(ids.shape[1], device=ids.device)[:, None] * omega         # (L, D / 2)
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.layers[:len(self.layers) - skip]:
+            x = layer(x, rope)
+        return x
 
 
 def load_t5_tokenizer(file):

@@ -12,6 +12,8 @@ Tokens that fill no whole patch, at the far edges, follow in raster order: any s
 """
 import torch
 
+from sparse_kernels import GROUP
+
 
 def token_order(grid, *blocks):
     """The raster indices of a grid's tokens in block order.
@@ -30,3 +32,24 @@ def token_order(grid, *blocks):
         for axis, n in enumerate(grid):
             rank = rank * n + index[:, axis]
     return rank.argsort(stable=True)
+
+
+def local_windows(grid, block, side, order):
+    """Which columns are near each group of tokens, in space and time.
+
+    grid, block: as in token_order, which made `order` (N,). side: odd. A group within one block gets the side x side x ...
+    blocks around it, moved inwards at the grid's edges so that none is lost. A group of left-over tokens, which spreads
+    over several (incomplete) blocks, gets just those; the original gives it the sequence's last columns.
+    -> (G, N) bool, groups and columns in `order`
+    """
+    n = [-(-g // b) for g, b in zip(grid, block)]                    # blocks along each axis, incomplete ones too
+    blocks = torch.cartesian_prod(*[torch.arange(m) for m in n])     # (V, axes)
+    low = torch.minimum(blocks - side // 2, torch.tensor(n) - side).clamp(min=0)[:, None]
+    near = ((blocks >= low) & (blocks < low + side)).all(-1)         # (V, V): is block j in the window of block i?
+    index = torch.zeros_like(order)                                  # (N,) which block each token stands in
+    for position, b, m in zip(torch.unravel_index(order, grid), block, n):
+        index = index * m + position // b
+    touched = torch.zeros(-(-len(order) // GROUP), len(blocks), dtype=torch.bool)                # (G, V)
+    touched[torch.arange(len(order)) // GROUP, index] = True
+    first = touched.int().argmax(-1)                                 # (G,)
+    return torch.where(touched.sum(-1, keepdim=True) == 1, near[first], touched)[:, index]

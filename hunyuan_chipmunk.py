@@ -1,0 +1,710 @@
+"""HunyuanVideo with Chipmunk: a text-to-video diffusion transformer from scratch, accelerated without training.
+
+    python hunyuan_chipmunk.py --prompt "a red circle moves left to right on a green background"
+    python hunyuan_chipmunk.py --model 720p --prompt "a chipmunk stuffs a nut into its cheek, close-up"
+
+What happens, top to bottom of this file:
+
+    prompt --Llama-> text tokens (B, T, 4096)       behind a template that asks for a description
+           --CLIP--> one vector (B, 768)            modulates every block, with the time and the guidance
+    noise  (B, 16, t, 2h, 2w)                       t = 1 + (frames - 1) / 4; 2h, 2w = pixels / 8
+    `steps` times:  v = Hunyuan(x, sigma, text);  x += (sigma_next - sigma) v      flow matching, Euler
+    x --causal 3D decoder-> frames                  in tiles of space and time, which fade into each other
+
+Chipmunk changes one call of a block: `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, state, step)` for the rows of
+the video, which are nearly all. It recomputes only the columns (keys) that change fastest and adds them to what the last
+steps left in `state` (cache.py). A group of 128 rows shares its columns, so the tokens run through the blocks voxel by voxel,
+4 x 4 x 8 = 128 of them each (voxel.py). With `state=None` this is plain HunyuanVideo.
+
+HunyuanVideo: Tencent, github.com/Tencent/HunyuanVideo, arXiv 2412.03603. Chipmunk: arXiv 2506.03275.
+"""
+import math
+import time
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+from cache import Sparsity, chipmunk_attention, make_state
+from sparse_kernels import GROUP
+from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder, load_clip_tokenizer,
+                           load_t5_tokenizer, tokenize)
+from voxel import token_order
+
+# ---------------------------------------------------------------------------------------------------------
+# settings
+
+
+@dataclass(frozen=True)
+class HunyuanConfig:
+    z: int                     # channels of a latent
+    text_dim: int              # of a Llama token
+    pooled_dim: int            # of the CLIP vector
+    dim: int
+    heads: int
+    ff: int                    # hidden width of every MLP
+    dual_blocks: int
+    single_blocks: int
+    refiner_blocks: int
+    axes: tuple[int, int, int] # head dimension split over RoPE's (t, y, x)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    strides: tuple = ((1, 2, 2), (2, 2, 2), (2, 2, 2))   # (t, y, x) between levels: 4 in time, 8 in space
+    blocks: int = 2            # residual blocks a level (the decoder has one more)
+    z: int = 16
+    groups: int = 32           # of every GroupNorm
+    scale: float = 0.476986    # latents = scale * encoder's mean
+    tile: int = 32             # height and width of a tile in latents; a quarter of it overlaps the next tile
+    tile_frames: int = 16      # its length after the first frame, likewise
+
+
+@dataclass(frozen=True)
+class Config:
+    weights: str               # folder beside this file, or Hub repository
+    hunyuan: HunyuanConfig
+    vae: VAEConfig
+    llama: LlamaConfig
+    clip: CLIPConfig
+    template: str              # what Llama reads; {} is the prompt
+    crop: int                  # its tokens before the prompt, which the transformer does not see
+    text_length: int           # the most tokens behind those
+    width: int                 # from here on: what the command line may change
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance: float
+    shift: float               # of the schedule towards noise
+    sparsity: Sparsity
+
+
+FILES = {"llama": "text_encoder/model.safetensors", "clip": "text_encoder_2/model.safetensors",
+         "hunyuan": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
+VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
+
+# As the original's preset; --measure-steps and --skip-steps choose other steps.
+HUNYUAN_SPARSITY = Sparsity(attn_keys=0.05, attn_random=0.01, mlp_keys=0.0, mlp_random=0.0, delta="paper",
+                            measure=(1, 10, 40), skip="video")
+
+CONFIGS = {
+    "tiny": Config(
+        weights="weights/hunyuan-tiny",
+        hunyuan=HunyuanConfig(z=8, text_dim=96, pooled_dim=64, dim=192, heads=3, ff=384, dual_blocks=2, single_blocks=6,
+                              refiner_blocks=1, axes=(16, 24, 24)),
+        vae=VAEConfig(channels=16, multipliers=(1, 2, 3, 3), blocks=1, z=8, groups=8, scale=1.0),
+        llama=LlamaConfig(vocab=512, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
+        clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
+        template="<|start_header_id|>{}<|eot_id|>", crop=2,          # <|begin_of_text|> and <|start_header_id|>
+        text_length=62, width=256, height=256, frames=17, fps=8, steps=50, guidance=6.0, shift=7.0, sparsity=HUNYUAN_SPARSITY),
+    "720p": Config(
+        weights="hunyuanvideo-community/HunyuanVideo",
+        hunyuan=HunyuanConfig(z=16, text_dim=4096, pooled_dim=768, dim=3072, heads=24, ff=12288, dual_blocks=20,
+                              single_blocks=40, refiner_blocks=2, axes=(16, 56, 56)),
+        vae=VAEConfig(), llama=LLAMA_8B, clip=CLIP_L,
+        template="<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+                 "1. The main content and theme of the video."
+                 "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+                 "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+                 "4. background environment, light, style and atmosphere."
+                 "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+                 "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        crop=95, text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0, sparsity=HUNYUAN_SPARSITY),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# the transformer
+
+
+class Layout(NamedTuple):
+    """Where the tokens of one video stand: made once per generation by `make_layout`."""
+    grid: tuple                # (t, h, w) video tokens
+    order: torch.Tensor        # (N,) video tokens, voxel after voxel instead of raster
+    inverse: torch.Tensor      # (N,) back to raster
+    rope: tuple                # cos, sin (N + T, D / 2) float32, video in `order` first, text last
+    static: torch.Tensor       # (N + T,) bool: columns that are always recomputed (the text)
+
+
+def make_layout(config, grid, text_length, device="cpu"):
+    """Token order, RoPE tables and static columns of a `grid` (t, h, w) of video tokens and the text behind it."""
+    order = token_order(grid, VOXEL).to(device)                      # (N,)
+    ids = torch.stack(torch.unravel_index(order, grid), dim=-1)      # (N, 3): frame, row, column
+    ids = F.pad(ids, (0, 0, 0, text_length))                         # (N + T, 3): text stands at 0, 0, 0, which rotates nothing
+    angles = []
+    for axis, dim in enumerate(config.axes):
+        omega = 256.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)    # (dim / 2,)
+        angles.append(ids[:, axis, None] * omega)                    # (N + T, dim / 2)
+    angles = torch.cat(angles, dim=-1)                               # (N + T, D / 2)
+    static = torch.arange(len(ids), device=device) >= len(order)
+    return Layout(grid, order, order.argsort(), (angles.cos().float(), angles.sin().float()), static)
+
+
+def apply_rope(x, rope):
+    """Rotate neighbouring pairs of x (B, H, N, D) by the angles of their position."""
+    cos, sin = rope                                                  # (N, D / 2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # (B, H, N, D / 2) each
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def sinusoid(t, dim=256):
+    """Time or guidance t (B,) -> (B, dim) float32. The factor 1000 is applied in t's own precision, as the original does:
+    in bf16 a guidance of 6 becomes 6016, and the trained model expects that. (diffusers leaves the factor to its caller.)"""
+    omega = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, device=t.device) / (dim // 2))  # (dim / 2,)
+    angles = (1000.0 * t)[:, None].float() * omega                   # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedder(nn.Module):
+    def __init__(self, inputs, dim):
+        super().__init__()
+        self.linear_1 = nn.Linear(inputs, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.weight
+
+
+class Modulation(nn.Module):
+    """vec (B, C) -> n tensors (B, 1, C): shift, scale, gate, ..."""
+
+    def __init__(self, dim, n):
+        super().__init__()
+        self.n = n
+        self.linear = nn.Linear(dim, n * dim)
+
+    def forward(self, vec):
+        return self.linear(F.silu(vec))[:, None].chunk(self.n, dim=-1)
+
+
+def modulate(x, shift, scale):
+    """Layer norm without weights of its own, then this step's shift and scale, in float32 as under the original's autocast.
+    x (B, N, C)."""
+    return ((1 + scale) * F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) + shift).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(dim, hidden)}), "2": nn.Linear(hidden, dim)})
+
+    def forward(self, x, activation=lambda h: F.gelu(h, approximate="tanh")):
+        return self.net["2"](activation(self.net["0"]["proj"](x)))
+
+
+def make_attention(config, linears, norms=()):
+    """The named projections C -> C and RMS norms over a head; to_out is a list of one, as published."""
+    modules = {name: nn.Linear(config.dim, config.dim) for name in linears}
+    modules |= {name: RMSNorm(config.dim // config.heads) for name in norms}
+    if "to_out" in modules:
+        modules["to_out"] = nn.ModuleList([modules["to_out"]])
+    return nn.ModuleDict(modules)
+
+
+def split_heads(x, heads):
+    """(B, N, C) -> (B, H, N, D)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joint_attention(q, k, v, rope, mask, state, step, video):
+    """q, k, v (B, H, N + T, D), of which the first `video` = N rows are the video's -> (B, N + T, C). mask (B, 1, 1, N + T) bool
+    or None. Chipmunk serves the video's rows; the few text rows are dense and see everything."""
+    q, k = apply_rope(q, rope), apply_rope(k, rope)
+    if state is None:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        o = torch.cat([chipmunk_attention(q[:, :, :video], k, v, state, step),
+                       F.scaled_dot_product_attention(q[:, :, video:], k, v)], dim=2)
+    return o.transpose(1, 2).flatten(2)
+
+
+class RefinerBlock(nn.Module):
+    """Text tokens among themselves, before they meet the video."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = make_attention(config, ("to_q", "to_k", "to_v", "to_out"))
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.ff = MLP(config.dim, config.ff)
+        self.norm_out = Modulation(config.dim, 2)
+
+    def forward(self, x, vec, mask):
+        """x (B, T, C), vec (B, C), mask (B, 1, 1, T) bool or None -> x."""
+        gate1, gate2 = self.norm_out(vec)
+        h = self.norm1(x)
+        q, k, v = (split_heads(f(h), self.heads) for f in (self.attn.to_q, self.attn.to_k, self.attn.to_v))  # (B, H, T, D) each
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + gate1 * self.attn.to_out[0](o.transpose(1, 2).flatten(2))        # (B, T, C)
+        return x + gate2 * self.ff(self.norm2(x), F.silu)
+
+
+class TokenRefiner(nn.Module):
+    """Llama's states -> the transformer's text tokens, given the time and the mean state."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": Embedder(256, config.dim),
+                                              "text_embedder": Embedder(config.text_dim, config.dim)})
+        self.proj_in = nn.Linear(config.text_dim, config.dim)
+        self.token_refiner = nn.ModuleDict({"refiner_blocks": nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))})
+
+    def forward(self, text, t, mask):
+        """text (B, T, text_dim), t (B,), mask (B, T) bool or None -> (B, T, C)."""
+        weight = text.new_ones(text.shape[:2]) if mask is None else mask                         # (B, T)
+        mean = (text.float() * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)           # (B, text_dim)
+        vec = self.time_text_embed.timestep_embedder(sinusoid(t)) + self.time_text_embed.text_embedder(mean)     # (B, C)
+        x = self.proj_in(text)
+        for block in self.token_refiner.refiner_blocks:
+            x = block(x, vec, mask if mask is None else mask[:, None, None])
+        return x
+
+
+class DualBlock(nn.Module):
+    """Video and text have weights of their own and meet in one attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.norm1 = Modulation(config.dim, 6)
+        self.norm1_context = Modulation(config.dim, 6)
+        self.attn = make_attention(config, ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out"),
+                                   ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+        self.ff = MLP(config.dim, config.ff)
+        self.ff_context = MLP(config.dim, config.ff)
+
+    def forward(self, video, text, vec, rope, mask, state, step):
+        """video (B, N, C), text (B, T, C), vec (B, C) -> video, text."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(vec)
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(vec)
+        attn, n = self.attn, video.shape[1]
+
+        x, c = modulate(video, shift1, scale1), modulate(text, text_shift1, text_scale1)
+        q, k, v = (split_heads(f(x), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))                         # (B, H, N, D)
+        cq, ck, cv = (split_heads(f(c), self.heads) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))    # (B, H, T, D)
+        q = torch.cat([attn.norm_q(q), attn.norm_added_q(cq)], dim=2)                                                # (B, H, N + T, D)
+        k = torch.cat([attn.norm_k(k), attn.norm_added_k(ck)], dim=2)
+        o = joint_attention(q, k, torch.cat([v, cv], dim=2), rope, mask, state, step, n)                             # (B, N + T, C)
+
+        video = video + gate1 * attn.to_out[0](o[:, :n])
+        text = text + text_gate1 * attn.to_add_out(o[:, n:])
+        video = video + gate2 * self.ff(modulate(video, shift2, scale2))
+        text = text + text_gate2 * self.ff_context(modulate(text, text_shift2, text_scale2))
+        return video, text
+
+
+class SingleBlock(nn.Module):
+    """Video and text in one sequence; attention and MLP side by side, proj_out sums them up."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.norm = Modulation(config.dim, 3)
+        self.attn = make_attention(config, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        self.proj_mlp = nn.Linear(config.dim, config.ff)
+        self.proj_out = nn.Linear(config.dim + config.ff, config.dim)
+
+    def forward(self, x, vec, rope, mask, state, step, video):
+        """x (B, N + T, C), vec (B, C), video = N -> x."""
+        shift, scale, gate = self.norm(vec)
+        h = modulate(x, shift, scale)
+        q, k, v = (split_heads(f(h), self.heads) for f in (self.attn.to_q, self.attn.to_k, self.attn.to_v))  # (B, H, N + T, D) each
+        o = joint_attention(self.attn.norm_q(q), self.attn.norm_k(k), v, rope, mask, state, step, video)     # (B, N + T, C)
+        mlp = F.gelu(self.proj_mlp(h), approximate="tanh")                       # (B, N + T, ff)
+        return x + gate * self.proj_out(torch.cat([o, mlp], dim=-1))
+
+
+class Hunyuan(nn.Module):
+    """The flow-matching transformer. Parameter names are those of hunyuanvideo-community/HunyuanVideo's transformer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(config.z, config.dim, (1, 2, 2), stride=(1, 2, 2))})
+        self.context_embedder = TokenRefiner(config)
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": Embedder(256, config.dim),
+                                              "text_embedder": Embedder(config.pooled_dim, config.dim),
+                                              "guidance_embedder": Embedder(256, config.dim)})
+        self.transformer_blocks = nn.ModuleList(DualBlock(config) for _ in range(config.dual_blocks))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
+        self.norm_out = Modulation(config.dim, 2)
+        self.proj_out = nn.Linear(config.dim, 4 * config.z)
+
+    def forward(self, x, t, text, pooled, guidance, layout, mask=None, state=None, step=None):
+        """The velocity at x: noise - video.
+
+        x (B, z, t, 2h, 2w) latents; t (B,) float32, t = 1 is pure noise; text (B, T, text_dim) from Llama; pooled (B, pooled_dim)
+        from CLIP; guidance (B,) in the model's dtype; layout from make_layout.
+        mask: (B, T) bool, False at padding, for a batch of prompts of several lengths; None where every text token is real.
+        state: a ModelState to run Chipmunk with, and step, what to do now; None: plain dense.
+        -> (B, z, t, 2h, 2w). Raises ValueError for a mask with a state: a column list must not hold padding.
+        """
+        if mask is not None and state is not None:
+            raise ValueError("no mask with a state: cut the padding off")
+        embed = self.time_text_embed
+        vec = embed.timestep_embedder(sinusoid(t)) + embed.guidance_embedder(sinusoid(guidance)) + embed.text_embedder(pooled)   # (B, C)
+        if step is None or not step.skip:
+            hidden = self.blocks(x, t, text, vec, layout, mask, state, step)     # (B, N, C)
+            if state is not None:
+                state.hidden = hidden
+        else:                                                        # step caching: only the final layer sees the new time
+            hidden = state.hidden
+        scale, shift = self.norm_out(vec)                            # in this order, as published
+        return unpatchify(self.proj_out(modulate(hidden, shift, scale))[:, layout.inverse], layout.grid)
+
+    def blocks(self, x, t, text, vec, layout, mask, state, step):
+        layers = state.layers if state else [None] * (len(self.transformer_blocks) + len(self.single_transformer_blocks))
+        video = self.x_embedder.proj(x).flatten(2).transpose(1, 2)[:, layout.order]      # (B, N, C)
+        text = self.context_embedder(text, t, mask)                  # (B, T, C)
+        n = video.shape[1]
+        if mask is not None:                                         # of columns: nothing attends to padding
+            mask = F.pad(mask, (n, 0), value=True)[:, None, None]    # (B, 1, 1, N + T)
+        for block, layer in zip(self.transformer_blocks, layers):
+            video, text = block(video, text, vec, layout.rope, mask, layer, step)
+        x = torch.cat([video, text], dim=1)                          # (B, N + T, C)
+        for block, layer in zip(self.single_transformer_blocks, layers[len(self.transformer_blocks):]):
+            x = block(x, vec, layout.rope, mask, layer, step, n)
+        return x[:, :n]
+
+
+def unpatchify(x, grid):
+    """(B, t h w, 4 z), raster order -> (B, z, t, 2h, 2w)."""
+    x = x.unflatten(1, grid).unflatten(-1, (-1, 2, 2))               # (B, t, h, w, z, 2, 2)
+    return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)   # (B, z, t, 2h, 2w)
+
+# ---------------------------------------------------------------------------------------------------------
+# the VAE: names are those of hunyuanvideo-community/HunyuanVideo's vae. Causal: a frame sees itself and earlier ones (but
+# GroupNorm takes its statistics over all). The first frame stands alone, every four after it become one.
+
+
+class CausalConv(nn.Module):
+    def __init__(self, inputs, outputs, size=3, stride=1):
+        super().__init__()
+        self.padding = (size // 2,) * 4 + (size - 1, 0)              # x and y on both sides, time before the first frame only
+        self.conv = nn.Conv3d(inputs, outputs, size, stride)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.padding, mode="replicate"))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, inputs, outputs, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-6)
+        self.conv1 = CausalConv(inputs, outputs)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-6)
+        self.conv2 = CausalConv(outputs, outputs)
+        if inputs != outputs:
+            self.conv_shortcut = CausalConv(inputs, outputs, size=1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class AttentionBlock(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        """x (B, C, t, h, w). Pixels attend to their own frame and the earlier ones: frame after frame, that needs no mask."""
+        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]   # (B, 1, thw, C)
+        q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        n = x.shape[3] * x.shape[4]
+        o = torch.cat([F.scaled_dot_product_attention(q[:, :, i - n:i], k[:, :, :i], v[:, :, :i])
+                       for i in range(n, q.shape[2] + 1, n)], dim=2)[:, 0]       # (B, thw, C)
+        return x + self.to_out[0](o).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Resample(nn.Module):
+    """Half or double the height and width of x (B, C, t, h, w), and where the stride says so its frames but the first."""
+
+    def __init__(self, channels, stride, up):
+        super().__init__()
+        self.stride, self.up = stride, up
+        self.conv = CausalConv(channels, channels, stride=1 if up else stride)
+
+    def forward(self, x):
+        if self.up:                                                  # all are doubled, then the first frame's copy goes
+            x = F.interpolate(x, scale_factor=tuple(map(float, self.stride)), mode="nearest")[:, :, self.stride[0] - 1:]
+        return self.conv(x)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([AttentionBlock(channels, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+def level(inputs, outputs, blocks, groups):
+    """One resolution of the pyramid: its residual blocks; a Resample joins them where the size changes."""
+    return nn.ModuleDict({"resnets": nn.ModuleList(
+        ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))})
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        self.conv_in = CausalConv(3, widths[0])
+        self.down_blocks = nn.ModuleList(level(a, b, config.blocks, config.groups) for a, b in zip(widths[:1] + widths, widths))
+        for stage, width, stride in zip(self.down_blocks, widths, config.strides):
+            stage["downsamplers"] = nn.ModuleList([Resample(width, stride, up=False)])
+        self.mid_block = MidBlock(widths[-1], config.groups)
+        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = CausalConv(widths[-1], 2 * config.z)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            for block in chain(*stage.values()):
+                x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        self.conv_in = CausalConv(config.z, widths[0])
+        self.mid_block = MidBlock(widths[0], config.groups)
+        self.up_blocks = nn.ModuleList(level(a, b, config.blocks + 1, config.groups) for a, b in zip(widths[:1] + widths, widths))
+        for stage, width, stride in zip(self.up_blocks, widths, config.strides):
+            stage["upsamplers"] = nn.ModuleList([Resample(width, stride, up=True)])
+        self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
+        self.conv_out = CausalConv(widths[-1], 3)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for stage in self.up_blocks:
+            for block in chain(*stage.values()):
+                x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def fade(before, tile, overlap, dim):
+    """Fade from the end of the tile before into the start of this one (which changes in place), over their overlap along
+    dim = -3 (time), -2 (y) or -1 (x)."""
+    n = min(before.shape[dim], tile.shape[dim], overlap)
+    ramp = (torch.arange(n, device=tile.device, dtype=tile.dtype) / n).view(-1, *[1] * (-1 - dim))
+    start = tile.narrow(dim, 0, n)
+    start.copy_(torch.lerp(before.narrow(dim, before.shape[dim] - n, n), start, ramp))
+
+
+class VAE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv3d(2 * config.z, 2 * config.z, 1)
+        self.post_quant_conv = nn.Conv3d(config.z, config.z, 1)
+
+    def encode(self, video):
+        """video (B, 3, 1 + 4n, 8h, 8w) in -1..1 -> latents (B, z, 1 + n, h, w): the mean of their distribution, scaled."""
+        mean, _ = self.quant_conv(self.encoder(video)).chunk(2, dim=1)           # (B, z, 1 + n, h, w): mean and log variance
+        return self.config.scale * mean
+
+    def decode(self, latents):
+        """latents (B, z, 1 + n, h, w) -> video (B, 3, 1 + 4n, 8h, 8w), roughly in -1..1, all at once."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scale))
+
+    def decode_pieces(self, latents):
+        """decode in bounded memory: yields the video's next frames (B, 3, some, 8h, 8w), several times. What fits into one tile
+        is decoded at once. Sizes and overlaps are the original's; diffusers' are shorter in time (4 latents, not 16)."""
+        size, frames = self.config.tile_frames, latents.shape[2]
+        stride = size * 3 // 4 if frames > size else frames
+        for i in range(0, max(1, frames - 1), stride):
+            chunk = self.decode_rows(latents[:, :, i:i + size + 1])  # a first frame, and `size` latents of four
+            if i > 0:
+                chunk = chunk[:, :, 1:]
+                fade(before, chunk, 4 * (size - stride), -3)
+            yield chunk[:, :, :4 * stride + (i == 0)]
+            before = chunk
+
+    def decode_rows(self, latents):
+        """A few frames, in tiles of space."""
+        size, (height, width) = self.config.tile, latents.shape[3:]
+        if max(height, width) <= size:
+            return self.decode(latents)
+        stride, rows, above = size * 3 // 4, [], None
+        for y in range(0, height, stride):
+            row = [self.decode(latents[..., y:y + size, x:x + size]) for x in range(0, width, stride)]
+            for i, tile in enumerate(row):
+                if above:
+                    fade(above[i], tile, 8 * (size - stride), -2)
+                if i > 0:
+                    fade(row[i - 1], tile, 8 * (size - stride), -1)
+            rows.append(torch.cat([tile[..., :8 * stride, :8 * stride] for tile in row], dim=-1))
+            above = row
+        return torch.cat(rows, dim=-2)                               # (B, 3, t, 8h, 8w)
+
+# ---------------------------------------------------------------------------------------------------------
+# the sampler
+
+
+def make_sigmas(steps, shift):
+    """Noise levels from 1 (pure noise) to 0, `steps` + 1 of them, more of them near 1 the larger the shift. (The original runs
+    in this direction with its --flow-reverse, which its published commands pass.)"""
+    sigmas = torch.linspace(1, 0, steps + 1)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def make_noise(z, grid, seed):
+    """(1, z, t, 2h, 2w) for a grid (t, h, w) of tokens; drawn in fp16 as the original does, but always on the CPU, so that a
+    seed is the same noise on any device and in any precision."""
+    t, h, w = grid
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(1, z, t, 2 * h, 2 * w, generator=generator, dtype=torch.float16)
+
+
+def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None, progress=iter):
+    """Euler steps from noise x (B, z, t, 2h, 2w) float32, which they stay, to latents; the model runs in text's dtype. Dense
+    without plan and state."""
+    guidance = text.new_full((x.shape[0],), guidance)                # (B,)
+    steps = plan or [None] * (len(sigmas) - 1)
+    for step, sigma, sigma_next in zip(progress(steps), sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        t = x.new_full((x.shape[0],), sigma)                         # (B,)
+        v = model(x.to(text.dtype), t, text, pooled, guidance, layout, state=state, step=step)
+        x = x + (sigma_next - sigma) * v.float()
+    return x
+
+# ---------------------------------------------------------------------------------------------------------
+# prompt in, video out
+
+
+def encode_text(llama, ids, mask, crop):
+    """ids (B, L), mask (B, L) of prompts in their template -> states (B, T, text_dim), mask (B, T): without the template's first
+    `crop` tokens and without what is padding in every prompt: one prompt alone has no padding left."""
+    length = mask.sum(1).max()
+    return llama(ids[:, :length])[:, crop:], mask[:, crop:length]
+
+
+def encode_prompts(prompts, config, folder, device, dtype):
+    """prompts -> Llama states (B, T, text_dim), their mask (B, T), CLIP vectors (B, pooled_dim). The encoders are loaded, used and
+    freed; they run in fp16 where the transformer runs in bf16, as the original's do."""
+    llama_file, *clip_files = common.weight_files(folder, ["tokenizer/tokenizer.json", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt"])
+    llama_tokenizer = common.load_tokenizer(load_t5_tokenizer, llama_file)
+    clip_tokenizer = common.load_tokenizer(load_clip_tokenizer, clip_files[0].parent)
+    texts = [config.template.format(prompt.strip()) for prompt in prompts]
+    llama_ids, mask, llama_cut = tokenize(llama_tokenizer, texts, config.crop + config.text_length, 0)       # (B, crop + text_length)
+    clip_ids, _, clip_cut = tokenize(clip_tokenizer, prompts, config.clip.length, clip_tokenizer.token_to_id("<|endoftext|>"))
+    for name, cut in ("Llama", llama_cut), ("CLIP", clip_cut):
+        if max(cut):
+            common.note(f"the prompt is too long for {name}: its last {max(cut)} tokens were cut")
+    half = torch.float16 if dtype == torch.bfloat16 else dtype
+    llama = load_part("llama", config, folder, device, half)
+    text, mask = encode_text(llama, llama_ids.to(device), mask.to(device), config.crop)                      # (B, T, text_dim), (B, T)
+    del llama
+    pooled = load_part("clip", config, folder, device, half)(clip_ids.to(device))[1]                         # (B, pooled_dim)
+    return text.to(dtype), mask, pooled.to(dtype)
+
+
+def parts(config):
+    """{name: how to build it} of the four networks."""
+    return {"llama": lambda: LlamaEncoder(config.llama), "clip": lambda: CLIPTextEncoder(config.clip),
+            "hunyuan": lambda: Hunyuan(config.hunyuan), "vae": lambda: VAE(config.vae)}
+
+
+def load_part(part, config, folder, device, dtype):
+    """One of the four networks, with its weights."""
+    return common.load_weights(parts(config)[part], common.sharded_files(folder, FILES[part]), device, dtype)
+
+
+def cache_bytes(config, sparsity, video, text, dtype):
+    """What Chipmunk remembers for `video` and `text` tokens: per layer the attention's rest and the lists of columns."""
+    layers = config.dual_blocks + config.single_blocks - sparsity.dense_layers
+    listed = math.ceil((sparsity.attn_keys + sparsity.attn_random) * (video + text)) + text
+    return layers * (video * config.dim * dtype.itemsize + math.ceil(video / GROUP) * config.heads * listed * 4)
+
+
+def work_done(config, video, text, plan, state):
+    """Shares of the video's attention columns that a generation recomputed, and of floating-point operations it saved."""
+    run, tokens = sum(not step.skip for step in plan), video + text
+    attn = sum(run if layer is None else float(layer.attn_work) for layer in state.layers)
+    attn_flops, text_flops = 4 * video * tokens * config.dim, 4 * text * tokens * config.dim       # one attention of a layer: by rows
+    rest = (8 * config.dim**2 + 4 * config.dim * config.ff) * tokens                                 # projections and MLP
+    everything = len(plan) * len(state.layers)
+    dense = (attn_flops + text_flops + rest) * everything
+    return attn / everything, 1 - (attn_flops * attn + (text_flops + rest) * run * len(state.layers)) / dense
+
+
+@torch.no_grad()
+def main():
+    parser, _ = common.make_parser(__doc__, CONFIGS, video=True)
+    args, config = common.parse(parser, CONFIGS, "hunyuan")
+    device, dtype, folder = args.device, args.dtype, args.folder
+    vae_dtype = torch.float16 if dtype == torch.bfloat16 and device.type == "cuda" else torch.float32        # as the original
+
+    grid = args.frames // 4 + 1, args.height // 16, args.width // 16 # (t, h, w) in tokens
+    video = math.prod(grid)
+    caches = 0 if args.dense else cache_bytes(config.hunyuan, args.sparsity, video, config.text_length, dtype)
+    for part, make in parts(config).items():                         # everything that can be wrong is found before a network is loaded
+        common.check_memory(make, vae_dtype if part == "vae" else dtype, device, caches if part == "hunyuan" else 0)
+    for part, make in parts(config).items():
+        common.check_weights(make, common.sharded_files(folder, FILES[part]))
+
+    start = time.perf_counter()
+    text, _, pooled = encode_prompts([args.prompt], config, folder, device, dtype)
+    layout = make_layout(config.hunyuan, grid, text.shape[1], device)
+    hunyuan = load_part("hunyuan", config, folder, device, dtype)
+    noise = make_noise(config.hunyuan.z, grid, args.seed).to(device).float()                 # (1, z, t, 2h, 2w)
+    sigmas = make_sigmas(args.steps, config.shift)
+
+    def run(plan, progress):
+        layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
+        state = plan and make_state(layers, args.sparsity, layout.static, args.seed)
+        return sample(hunyuan, noise, text, pooled, args.guidance, sigmas, layout, plan, state, progress), state
+    x, state, seconds, dense, dense_seconds = common.denoise(run, args)                      # x (1, z, t, 2h, 2w)
+    del hunyuan
+    vae = load_part("vae", config, folder, device, vae_dtype)
+
+    def decode(latents):
+        """-> one frame (3, height, width) after the other"""
+        with torch.autocast(device.type, dtype=torch.float16, enabled=vae_dtype == torch.float16):
+            for piece in vae.decode_pieces(latents.to(vae_dtype)):
+                yield from piece[0].transpose(0, 1).float().clamp(-1, 1).cpu()
+    if args.compare:
+        a, b = (torch.stack(list(decode(latents))) for latents in (dense, x))                            # (frames, 3, height, width)
+        pictures = torch.cat([a, b], dim=3)
+    else:
+        pictures = decode(x)
+
+    common.write_video(args.out, pictures, args.fps, common.describe(args))
+    print(f"{args.out}: {args.width}x{args.height}, {args.frames} frames, {args.steps} steps, seed {args.seed}, "
+          f"{time.perf_counter() - start:.1f} s")
+    if not args.dense:
+        attn, saved = work_done(config.hunyuan, video, text.shape[1], args.plan, state)
+        print(f"recomputed {attn:.1%} of attention columns; saved {saved:.1%} of the operations")
+    if args.compare:
+        print(common.comparison(a, b, dense_seconds, seconds))
+
+
+if __name__ == "__main__":
+    common.run(main)

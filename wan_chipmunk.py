@@ -1,0 +1,638 @@
+"""Wan2.1 with Chipmunk: a text-to-video diffusion transformer from scratch, accelerated without training.
+
+    python wan_chipmunk.py --prompt "a red circle moves left to right on a green background"
+    python wan_chipmunk.py --model 1.3b --prompt "a chipmunk rides a skateboard through falling leaves"
+
+What happens, top to bottom of this file:
+
+    prompt, negative prompt --UMT5--> text tokens (B, L, 4096) each
+    noise (B, z, t, h, w) --1x2x2 patches-> video tokens (B, N, C), in voxels of 4x4x8
+    `steps` times:  v = v_negative + guidance (v_prompt - v_negative), each v = Wan(latents, timestep, text)
+                    latents move from one noise level to the next      flow matching, UniPC of order 2
+    latents --causal 3D decoder, one latent frame after the other-> frames --H.264-> video
+
+Chipmunk changes one call of a block: self attention's `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, state,
+step)`, which recomputes only the columns that matter most and adds them to what the last steps left in `state` (cache.py).
+The two texts have a state each. Cross attention and the MLP stay dense, as in the original. With `state=None` this is
+plain Wan2.1.
+
+Wan2.1: Alibaba's Wan team, github.com/Wan-Video/Wan2.1. Chipmunk: arXiv 2506.03275.
+"""
+import html
+import math
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+from cache import Sparsity, chipmunk_attention, make_state
+from sparse_kernels import GROUP
+from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
+from voxel import local_windows, token_order
+
+# ---------------------------------------------------------------------------------------------------------
+# settings
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    channels: int              # of the latents
+    text_dim: int              # of a UMT5 token
+    dim: int
+    heads: int
+    ff: int                    # hidden width of the MLP
+    layers: int
+    frequencies: int = 256     # of the time's sinusoid
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    channels: int
+    multipliers: tuple[int, ...]
+    blocks: int                # residual blocks a level (the decoder has one more)
+    mean: tuple[float, ...]    # of each latent channel; latents = (encoder's mean - mean) / std
+    std: tuple[float, ...]
+
+    @property
+    def z(self):
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class Config:
+    weights: str               # folder beside this file, or Hub repository
+    wan: WanConfig
+    vae: VAEConfig
+    umt5: T5Config
+    text_length: int           # UMT5 tokens; padded with zeros, and the padding is attended to
+    negative_prompt: str
+    width: int
+    height: int
+    frames: int
+    fps: int
+    steps: int
+    guidance: float
+    shift: float               # of the noise levels: larger spends more steps on much noise
+    window: int                # a group of tokens always recomputes the window x window x window voxels around it
+    sparsity: Sparsity
+
+
+FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion_pytorch_model.safetensors",
+         "vae": "vae/diffusion_pytorch_model.safetensors"}
+VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
+
+# As the original's preset; --measure-steps and --skip-steps choose other steps.
+WAN_SPARSITY = Sparsity(attn_keys=0.10, attn_random=0.01, mlp_keys=0.0, mlp_random=0.0, delta="paper",
+                        measure=(1, 10, 40), skip="video")
+
+WAN_VAE = VAEConfig(
+    channels=96, multipliers=(1, 2, 4, 4), blocks=2,
+    mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+          0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160))
+# "Garish colours, overexposed, static, blurred details, subtitles, style, artwork, painting, still, overall grey, worst
+# quality, JPEG artefacts, ugly, mutilated, extra fingers, badly drawn hands and faces, deformed, fused fingers, motionless
+# picture, cluttered background, three legs, crowd in the background, walking backwards"
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走")
+CONFIGS = {
+    "tiny": Config(
+        weights="weights/wan-tiny",
+        wan=WanConfig(channels=8, text_dim=96, dim=192, heads=3, ff=768, layers=8),
+        vae=VAEConfig(channels=24, multipliers=(1, 2, 2, 2), blocks=1, mean=(0.0,) * 8, std=(1.0,) * 8),
+        umt5=T5Config(vocab=512, dim=96, heads=3, head_dim=32, ff=192, layers=2, per_layer_bias=True),
+        text_length=64, negative_prompt="", width=256, height=256, frames=17, fps=8, steps=50, guidance=5.0, shift=3.0,
+        window=1, sparsity=WAN_SPARSITY),        # 3x3x3 voxels would be most of so small a video
+    "1.3b": Config(
+        weights="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        wan=WanConfig(channels=16, text_dim=4096, dim=1536, heads=12, ff=8960, layers=30), vae=WAN_VAE, umt5=UMT5_XXL,
+        text_length=512, negative_prompt=NEGATIVE_PROMPT, width=832, height=480, frames=81, fps=16, steps=50,
+        guidance=6.0, shift=8.0, window=3, sparsity=WAN_SPARSITY),
+    "14b": Config(
+        weights="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        wan=WanConfig(channels=16, text_dim=4096, dim=5120, heads=40, ff=13824, layers=40), vae=WAN_VAE, umt5=UMT5_XXL,
+        text_length=512, negative_prompt=NEGATIVE_PROMPT, width=1280, height=720, frames=81, fps=16, steps=50,
+        guidance=5.0, shift=5.0, window=3, sparsity=WAN_SPARSITY),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# the transformer
+
+
+class Layout(NamedTuple):
+    """Where the tokens of one video stand: made once per generation by `make_layout`."""
+    order: torch.Tensor        # (N,) tokens, voxel after voxel instead of raster
+    inverse: torch.Tensor      # (N,) back to raster
+    rope: tuple                # cos, sin (N, D / 2) float32, in `order`
+    static: torch.Tensor       # (G, N) bool: columns that each group of tokens always recomputes, the voxels around it
+
+
+def make_layout(config, grid, window, device="cpu"):
+    """Token order, RoPE tables and static columns of a `grid` (t, h, w) of tokens."""
+    order = token_order(grid, VOXEL)                                 # (N,)
+    half = config.dim // config.heads // 2                           # rotated pairs in a head, split over t, y, x
+    pairs = half - 2 * (half // 3), half // 3, half // 3
+    angles = []
+    for position, n in zip(torch.unravel_index(order, grid), pairs):
+        omega = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)           # (n,)
+        angles.append(position[:, None] * omega)                     # (N, n)
+    angles = torch.cat(angles, dim=-1)                               # (N, D / 2)
+    rope = angles.cos().float().to(device), angles.sin().float().to(device)
+    static = local_windows(grid, VOXEL, window, order).to(device)
+    return Layout(order.to(device), order.argsort().to(device), rope, static)
+
+
+def apply_rope(x, rope):
+    """Rotate neighbouring pairs of x (B, H, N, D) by the angles of their position."""
+    cos, sin = rope                                                  # (N, D / 2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # (B, H, N, D / 2) each
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def sinusoid(t, dim):
+    """Timesteps t (B,), 0 to 1000 -> (B, dim) float32. Computed in float64, as the original does."""
+    omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))  # (dim / 2,)
+    angles = t.double()[:, None] * omega                             # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def modulate(x, shift, scale):
+    """Layer norm without weights of its own, then this step's shift and scale. x (B, N, C)."""
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+
+
+class Embedder(nn.Module):
+    def __init__(self, inputs, dim, activation):
+        super().__init__()
+        self.linear_1 = nn.Linear(inputs, dim)
+        self.activation = activation
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class Attention(nn.Module):
+    """The linears and norms of self attention (attn1) and of cross attention (attn2)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = nn.RMSNorm(dim, eps=1e-6)                      # over all heads together
+        self.norm_k = nn.RMSNorm(dim, eps=1e-6)
+
+    def qkv(self, x, context):
+        """x (B, N, C), context (B, M, C) -> q (B, H, N, D) and k (B, H, M, D) normalised, float32; v (B, H, M, D)"""
+        q, k, v = self.norm_q(self.to_q(x).float()), self.norm_k(self.to_k(context).float()), self.to_v(context)
+        return (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+
+    def out(self, o):
+        return self.to_out[0](o.transpose(1, 2).flatten(2))          # (B, N, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn1 = Attention(config.dim, config.heads)
+        self.attn2 = Attention(config.dim, config.heads)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.ffn = nn.ModuleDict({"net": nn.ModuleList([
+            nn.ModuleDict({"proj": nn.Linear(config.dim, config.ff)}), nn.GELU(approximate="tanh"),
+            nn.Linear(config.ff, config.dim)])})
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(self, x, text, time, rope, state, step):
+        """x (B, N, C) and time (B, 6, C) float32, text (B, L, C) in the linears' precision -> x. As in the original, the
+        residual stream and the modulation are float32 whatever the linears are."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(6, dim=1)   # (B, 1, C) each
+        h = modulate(x, shift1, scale1).to(text.dtype)
+        q, k, v = self.attn1.qkv(h, h)                               # (B, H, N, D) each
+        q, k = apply_rope(q, rope).to(v.dtype), apply_rope(k, rope).to(v.dtype)
+        x = x + gate1 * self.attn1.out(chipmunk_attention(q, k, v, state, step))
+
+        q, k, v = self.attn2.qkv(self.norm2(x).to(text.dtype), text) # (B, H, N, D), (B, H, L, D) twice
+        x = x + self.attn2.out(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v))
+
+        fc1, gelu, fc2 = self.ffn.net
+        return x + gate2 * fc2(gelu(fc1.proj(modulate(x, shift2, scale2).to(text.dtype))))
+
+
+class Wan(nn.Module):
+    """The diffusion transformer. Parameter names are those of the -Diffusers repositories' transformer/."""
+    FLOAT32 = ("scale_shift_table", "norm", "time_", "proj_out")     # parameters that stay float32 whatever the rest is
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.channels, config.dim, (1, 2, 2), stride=(1, 2, 2))
+        self.condition_embedder = nn.ModuleDict({
+            "time_embedder": Embedder(config.frequencies, config.dim, nn.SiLU()),
+            "time_proj": nn.Linear(config.dim, 6 * config.dim),
+            "text_embedder": Embedder(config.text_dim, config.dim, nn.GELU(approximate="tanh"))})
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.proj_out = nn.Linear(config.dim, 4 * config.channels)
+
+    def forward(self, x, t, text, layout, state=None, step=None):
+        """The velocity at x: noise - video.
+
+        x (B, channels, t, h, w) latents, h and w even; t (B,) timesteps, 1000 is pure noise; text (B, L, text_dim), padding
+        zero; layout from make_layout. state: a ModelState to run Chipmunk with, and step, what to do now; None: plain dense.
+        -> (B, channels, t, h, w) float32
+        """
+        time = self.condition_embedder.time_embedder(sinusoid(t, self.config.frequencies))       # (B, C)
+        if step is None or not step.skip:
+            hidden = self.run_blocks(x, time, text, layout, state, step)                         # (B, N, C)
+            if state is not None:
+                state.hidden = hidden
+        else:                                                        # step caching: only the final layer sees the new time
+            hidden = state.hidden
+        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)                  # (B, 1, C) each
+        out = self.proj_out(modulate(hidden, shift, scale))[:, layout.inverse]                   # (B, N, 4 channels)
+        out = out.unflatten(1, (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)).unflatten(-1, (2, 2, -1))
+        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4).float()                 # (B, channels, t, h, w)
+
+    def run_blocks(self, x, time, text, layout, state, step):
+        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))                        # (B, C, t, h / 2, w / 2)
+        x = x.flatten(2).transpose(1, 2)[:, layout.order].float()                                # (B, N, C)
+        text = self.condition_embedder.text_embedder(text)                                       # (B, L, C)
+        time = self.condition_embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))            # (B, 6, C)
+        layers = state.layers if state else [None] * len(self.blocks)
+        for block, layer in zip(self.blocks, layers):
+            x = block(x, text, time, layout.rope, layer, step)
+        return x
+
+# ---------------------------------------------------------------------------------------------------------
+# the video autoencoder: names are those of the -Diffusers repositories' vae/
+#
+# Every time convolution looks back only, so a video can be coded piece by piece: `cache`, a dict that starts empty with
+# each video, keeps for every such layer the last frames it saw. A video's first frame is coded alone (there is no
+# padding to four), every four after it share a latent frame. One call with the whole video gives the same.
+
+
+class CausalConv(nn.Conv3d):
+    """A 3x3x3 (or 3x1x1) convolution of x (B, C, t, h, w) whose frame sees itself and the two before it."""
+
+    def __init__(self, inputs, outputs, size=3):
+        super().__init__(inputs, outputs, (3, size, size), padding=(0, size // 2, size // 2))
+
+    def forward(self, x, cache):
+        past = cache.get(self)
+        x = F.pad(x, (0, 0, 0, 0, 2, 0)) if past is None else torch.cat([past, x], dim=2)        # (B, C, 2 + t, h, w)
+        cache[self] = x[:, :, -2:].clone()                           # a view would keep the whole piece
+        return super().forward(x)
+
+
+class ChannelNorm(nn.Module):
+    """Root mean square norm over channels, dimension 1."""
+
+    def __init__(self, channels, axes=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * x.shape[1]**0.5 * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.norm1 = ChannelNorm(inputs)
+        self.conv1 = CausalConv(inputs, outputs)
+        self.norm2 = ChannelNorm(outputs)
+        self.conv2 = CausalConv(outputs, outputs)
+        if inputs != outputs:
+            self.conv_shortcut = nn.Conv3d(inputs, outputs, 1)
+
+    def forward(self, x, cache):
+        h = self.conv1(F.silu(self.norm1(x)), cache)
+        h = self.conv2(F.silu(self.norm2(h)), cache)
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+def per_frame(f, x):
+    """Apply f to every frame of x (B, C, t, h, w)."""
+    return f(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, x.shape[2])).transpose(1, 2)
+
+
+class AttentionBlock(nn.Module):
+    """Attention among the pixels of a frame, one head."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = ChannelNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x + per_frame(self.frame, x)
+
+    def frame(self, x):
+        """x (B, C, h, w)."""
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1) # (B, 1, hw, C) each
+        o = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                        # (B, C, hw)
+        return self.proj(o.unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    """Half the height and width of x (B, C, t, h, w), and the frames after the video's first one where `time` says so."""
+
+    def __init__(self, channels, time):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        if time:
+            self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
+
+    def forward(self, x, cache):
+        x = per_frame(self.resample, x)                              # (B, C, t, h / 2, w / 2)
+        if not hasattr(self, "time_conv"):
+            return x
+        past = cache.get(self)
+        cache[self] = x[:, :, -1:].clone()
+        if past is not None:
+            return self.time_conv(torch.cat([past, x], dim=2))       # (B, C, t / 2, h / 2, w / 2)
+        first = x[:, :, :1]
+        return first if x.shape[2] == 1 else torch.cat([first, self.time_conv(x)], dim=2)
+
+
+class Upsample(nn.Module):
+    """Double the height and width of x (B, C, t, h, w), and the frames after the video's first one where `time` says so.
+    -> (B, C / 2, ...)"""
+
+    def __init__(self, channels, time):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"),
+                                      nn.Conv2d(channels, channels // 2, 3, padding=1))
+        if time:
+            self.time_conv = CausalConv(channels, 2 * channels, size=1)
+
+    def forward(self, x, cache):
+        if hasattr(self, "time_conv"):
+            first = 0 if self in cache else 1                        # the first frame stays alone, and no other sees it
+            cache[self] = True
+            rest = x[:, :, first:]
+            if rest.shape[2]:
+                rest = self.time_conv(rest, cache).unflatten(1, (2, -1))                         # (B, 2, C, t, h, w)
+                rest = rest.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)                              # (B, C, 2 t, h, w)
+            x = torch.cat([x[:, :, :first], rest], dim=2)
+        return per_frame(self.resample, x)                           # (B, C / 2, t or 2 t, 2 h, 2 w)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([AttentionBlock(channels)])
+
+    def forward(self, x, cache):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, cache)), cache)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in config.multipliers]
+        self.conv_in = CausalConv(3, widths[0])
+        self.down_blocks = nn.ModuleList()                           # one flat list
+        for i, (inputs, outputs) in enumerate(zip(widths[:1] + widths, widths)):
+            self.down_blocks.extend(ResidualBlock(outputs if j else inputs, outputs) for j in range(config.blocks))
+            if i + 1 < len(widths):
+                self.down_blocks.append(Downsample(outputs, time=i > 0))         # 2x, then 2x in time as well, twice
+        self.mid_block = Middle(widths[-1])
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv(widths[-1], 2 * config.z)
+
+    def forward(self, x, cache):
+        x = self.conv_in(x, cache)
+        for block in self.down_blocks:
+            x = block(x, cache)
+        x = self.mid_block(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.multipliers)]
+        self.conv_in = CausalConv(config.z, widths[0])
+        self.mid_block = Middle(widths[0])
+        self.up_blocks = nn.ModuleList()
+        inputs = widths[0]
+        for i, outputs in enumerate(widths):
+            block = nn.ModuleDict({"resnets": nn.ModuleList(
+                ResidualBlock(outputs if j else inputs, outputs) for j in range(config.blocks + 1))})
+            if i + 1 < len(widths):
+                block["upsamplers"] = nn.ModuleList([Upsample(outputs, time=i < len(widths) - 2)])
+            self.up_blocks.append(block)
+            inputs = outputs // 2                                    # Upsample halves the channels
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv(widths[-1], 3)
+
+    def forward(self, z, cache):
+        x = self.mid_block(self.conv_in(z, cache), cache)
+        for block in self.up_blocks:
+            for layers in block.values():
+                for layer in layers:
+                    x = layer(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
+
+
+class VAE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv3d(2 * config.z, 2 * config.z, 1)
+        self.post_quant_conv = nn.Conv3d(config.z, config.z, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, video):
+        """video (B, 3, 4 n + 1, 8 h, 8 w) in -1..1 -> latents (B, z, n + 1, h, w): the mean of their distribution, scaled."""
+        mean, _ = self.quant_conv(self.encoder(video, {})).chunk(2, dim=1)       # mean and log variance
+        return (mean - self.per_channel(self.config.mean, mean)) / self.per_channel(self.config.std, mean)
+
+    def decode(self, latents):
+        """latents (B, z, n + 1, h, w) -> video (B, 3, 4 n + 1, 8 h, 8 w), roughly in -1..1, all frames at once."""
+        return next(self.decode_pieces(latents, latents.shape[2]))
+
+    def decode_pieces(self, latents, size=1):
+        """The same video in pieces of `size` latent frames: (B, 3, 1 + 4 (size - 1), ...), then (B, 3, 4 size, ...) each.
+        Memory does not grow with the video's length."""
+        cache = {}
+        z = latents * self.per_channel(self.config.std, latents) + self.per_channel(self.config.mean, latents)
+        for piece in self.post_quant_conv(z).split(size, dim=2):
+            yield self.decoder(piece, cache)
+
+    def per_channel(self, values, x):
+        return x.new_tensor(values).view(1, -1, 1, 1, 1)
+
+# ---------------------------------------------------------------------------------------------------------
+# the sampler: UniPC (arXiv 2302.04867), predicting the video, B(h) = e^h - 1, order 2
+
+
+def make_schedule(steps, shift):
+    """Noise levels from almost 1 to 0, shifted towards noise, and the timesteps that the model is told: 1000 times the
+    level, cut to whole numbers. Both as in the original, which goes evenly from 0.999 to 0 before the shift; diffusers goes
+    from 1 to 0.001, and so is up to 4 timesteps off at a shift of 5.
+    -> sigmas (steps + 1,) float32, timesteps (steps,) int64"""
+    sigmas = torch.linspace(torch.tensor(0.999).item(), 0, steps + 1, dtype=torch.float64)       # its 0.999 is a float32
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    return sigmas.float(), (1000 * sigmas[:-1]).long()
+
+
+def unipc(x, i, sigmas, past, target=None):
+    """Move x from sigmas[i] to sigmas[i + 1].
+
+    past: the last predictions of the video (x - sigma v), the newest at sigmas[i]: one for order 1, two for order 2.
+    target: the prediction at sigmas[i + 1], where it is known already (the corrector); None: extrapolate (the predictor)."""
+    sigmas = sigmas.double()
+    log_snr = ((1 - sigmas) / sigmas).log().tolist()                 # infinite at the end
+    h = log_snr[i + 1] - log_snr[i]
+    b = math.expm1(-h)
+    video, slope = past[-1], 0
+    if len(past) == 2:
+        r = (log_snr[i - 1] - log_snr[i]) / h
+        slope = (past[0] - video) / r
+    if target is None:
+        change = 0.5 * slope
+    elif len(past) == 1:
+        change = 0.5 * (target - video)
+    else:
+        b1 = -1 / h - 1 / b                                          # rho1 + rho2 = b1, r rho1 + rho2 = b2
+        b2 = -2 * b1 / h - 1 / b
+        rho1 = (b1 - b2) / (1 - r)
+        change = rho1 * slope + (b1 - rho1) * (target - video)
+    ratio, alpha = (sigmas[i + 1] / sigmas[i]).item(), 1 - sigmas[i + 1].item()
+    return ratio * x - alpha * b * (video + change)
+
+
+def make_noise(z, frames, height, width, seed):
+    """(1, z, frames, height, width) latents; always drawn on the CPU, so that a seed is the same noise on any device."""
+    return torch.randn(1, z, frames, height, width, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None, progress=iter):
+    """UniPC from noise x (B, z, t, h, w) to latents. texts: of the prompt and of the negative prompt, (B, L, text_dim) each,
+    and states: a ModelState for each. Dense without plan and states."""
+    sigmas, timesteps = schedule
+    past = []                                                        # the last two predictions of the video
+    for i, step in enumerate(progress(plan or [None] * len(timesteps))):
+        t = x.new_full((x.shape[0],), timesteps[i].item())           # (B,)
+        v, v_negative = (model(x, t, text, layout, state, step) for text, state in zip(texts, states or (None, None)))
+        video = x - sigmas[i].item() * (v_negative + guidance * (v - v_negative))
+        if i > 0:
+            x = unipc(before, i - 1, sigmas, past, target=video)     # the corrector: this step's start, better known
+        past, before = [*past[-1:], video], x
+        x = unipc(x, i, sigmas, past if i + 1 < len(timesteps) else past[-1:])   # the last step is of order 1
+    return x
+
+# ---------------------------------------------------------------------------------------------------------
+# prompt in, video out
+
+
+def clean(prompt):
+    """HTML entities (twice, as the original does) and white space; the original repairs broken Unicode, too."""
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+def encode_prompts(prompts, config, folder, device, dtype):
+    """prompts -> UMT5 states (B, L, text_dim), zero at the padding. The encoder is loaded, used and freed."""
+    tokenizer = common.load_tokenizer(load_t5_tokenizer, common.weight_files(folder, ["tokenizer/tokenizer.json"])[0])
+    ids, mask, cut = tokenize(tokenizer, [clean(prompt) for prompt in prompts], config.text_length, 0)   # (B, L)
+    if max(cut):
+        common.note(f"the prompt is too long for UMT5: its last {max(cut)} tokens were cut")
+    mask = mask.to(device)
+    return load_part("umt5", config, folder, device, dtype)(ids.to(device), mask) * mask[..., None]
+
+
+def parts(config):
+    """{name: how to build it} of the three networks."""
+    return {"umt5": lambda: T5Encoder(config.umt5), "wan": lambda: Wan(config.wan), "vae": lambda: VAE(config.vae)}
+
+
+def load_part(part, config, folder, device, dtype):
+    """One of the three networks, with its weights."""
+    float32 = Wan.FLOAT32 if part == "wan" else ()
+    return common.load_weights(parts(config)[part], common.sharded_files(folder, FILES[part]), device, dtype, float32)
+
+
+def cache_bytes(config, sparsity, window, tokens, dtype):
+    """What Chipmunk remembers, for both texts: per layer the attention's rest, and every group's list of columns."""
+    listed = min(tokens, (sparsity.attn_keys + sparsity.attn_random) * tokens + window**3 * GROUP)
+    layers = 2 * (config.layers - sparsity.dense_layers)
+    return int(layers * tokens * (config.dim * dtype.itemsize + 4 * config.heads * listed / GROUP))
+
+
+def work_done(config, tokens, text_length, plan, states):
+    """Shares of self-attention columns that a generation recomputed, and of floating-point operations it saved."""
+    layers = [layer for state in states for layer in state.layers]
+    run = sum(not step.skip for step in plan)
+    attn = sum(run if layer is None else float(layer.attn_work) for layer in layers)
+    all_attn = len(plan) * len(layers)
+    attn_flops = 4 * tokens**2 * config.dim                          # one self attention; the rest of a block:
+    rest_flops = (12 * config.dim + 4 * text_length + 4 * config.ff) * tokens * config.dim + 4 * text_length * config.dim**2
+    saved = 1 - (attn_flops * attn + rest_flops * run * len(layers)) / ((attn_flops + rest_flops) * all_attn)
+    return attn / all_attn, saved
+
+
+@torch.no_grad()
+def main():
+    parser, _ = common.make_parser(__doc__, CONFIGS, video=True)
+    parser.add_argument("--negative-prompt", help="what to keep away from (default: the model's)")
+    args, config = common.parse(parser, CONFIGS, "wan")
+    device, dtype, folder = args.device, args.dtype, args.folder
+
+    t, h, w = grid = args.frames // 4 + 1, args.height // 16, args.width // 16   # in tokens
+    caches = 0 if args.dense else cache_bytes(config.wan, args.sparsity, config.window, math.prod(grid), dtype)
+    for part, make in parts(config).items():                         # everything that can be wrong is found before a network is loaded
+        common.check_memory(make, torch.float32 if part == "vae" else dtype, device, caches if part == "wan" else 0)
+    for part, make in parts(config).items():
+        common.check_weights(make, common.sharded_files(folder, FILES[part]))
+
+    start = time.perf_counter()
+    texts = encode_prompts([args.prompt, args.negative_prompt], config, folder, device, dtype).split(1)              # (1, L, text_dim) each
+    layout = make_layout(config.wan, grid, config.window, device)
+    wan = load_part("wan", config, folder, device, dtype)
+    noise = make_noise(config.wan.channels, t, 2 * h, 2 * w, args.seed).to(device)                       # (1, z, t, 2h, 2w)
+    schedule = make_schedule(args.steps, config.shift)
+
+    def run(plan, progress):
+        states = plan and [make_state(config.wan.layers, args.sparsity, layout.static, args.seed) for _ in texts]
+        return sample(wan, noise, texts, args.guidance, schedule, layout, plan, states, progress), states
+    x, states, seconds, dense, dense_seconds = common.denoise(run, args)                                 # x (1, z, t, 2h, 2w)
+    del wan
+    vae = load_part("vae", config, folder, device, torch.float32)
+
+    def decode(latents):
+        """-> one frame (3, height, width) after the other"""
+        for piece in vae.decode_pieces(latents):
+            yield from piece[0].transpose(0, 1).clamp(-1, 1).cpu()
+    if args.compare:
+        a, b = (torch.stack(list(decode(latents))) for latents in (dense, x))                            # (frames, 3, height, width)
+        pictures = torch.cat([a, b], dim=3)
+    else:
+        pictures = decode(x)
+
+    common.write_video(args.out, pictures, args.fps, common.describe(args))
+    print(f"{args.out}: {args.width}x{args.height}, {args.frames} frames, {args.steps} steps, seed {args.seed}, "
+          f"{time.perf_counter() - start:.1f} s")
+    if not args.dense:
+        attn, saved = work_done(config.wan, math.prod(grid), config.text_length, args.plan, states)
+        print(f"recomputed {attn:.1%} of attention columns; saved {saved:.1%} of the operations")
+    if args.compare:
+        print(common.comparison(a, b, dense_seconds, seconds))
+
+
+if __name__ == "__main__":
+    common.run(main)

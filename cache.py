@@ -97,6 +97,8 @@ class LayerState:
     static: torch.Tensor             # (N,) or (G, N) bool: attention columns always kept
     static_most: int                 # of them, the most in any group
     seed: int
+    attn_work: torch.Tensor          # () attentions computed so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
+    mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
     lse: torch.Tensor = None         # (B, H, N) of the last dense attention
     columns: torch.Tensor = None     # (B, H, G, K) int32
     counts: torch.Tensor = None      # (B, H, G) int32
@@ -107,8 +109,6 @@ class LayerState:
     pre: torch.Tensor = None         # (B, G, F) pre-activation of each group's mean token
     mlp_columns: torch.Tensor = None # (B, G, K)
     mlp_counts: torch.Tensor = None  # (B, G)
-    attn_work: float = 0.0           # attentions computed so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
-    mlp_work: float = 0.0            # MLP rows computed so far, likewise
 
 
 @dataclass
@@ -121,7 +121,7 @@ class ModelState:
 def make_state(layers, sparsity, static, seed):
     """A fresh ModelState for a model of `layers` blocks."""
     most = int(static.sum(-1).max())
-    return ModelState([None if i < sparsity.dense_layers else LayerState(sparsity, static, most, seed * layers + i)
+    return ModelState([None if i < sparsity.dense_layers else LayerState(sparsity, static, most, (seed * layers + i) % 2**31, *torch.zeros(2, device=static.device))
                        for i in range(layers)])
 
 

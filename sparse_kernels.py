@@ -717,7 +717,7 @@ def _fake_choose_columns(mass, keep, random, static, seed, static_most):
     return counts.new_empty(*counts.shape, K), counts
 
 
-@_op("choose_columns(Tensor mass, float keep, float random, Tensor? static, int seed, int static_most) -> (Tensor, Tensor)",
+@_op("choose_columns(Tensor mass, float keep, float random, Tensor? static, SymInt seed, int static_most) -> (Tensor, Tensor)",
      _fake_choose_columns)
 def _choose_columns(mass, keep, random, static, seed, static_most):
     run = choose_columns_triton if _use_triton(mass) else choose_columns_ref

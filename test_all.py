@@ -323,6 +323,38 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(got, sk.column_sparse_attention_triton(*near[:3], columns, counts, near[3], None, "split")[0])
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="real sizes need a GPU")
+@pytest.mark.parametrize("dtype", HALF)
+def test_kernels_at_real_size(dtype):
+    """720x1280x129 has 119,056 tokens with its text; three whole groups of rows, the last one ragged, against float64."""
+    N, groups = 119_056, torch.tensor([0, 465, 930], device=DEVICE)
+    q, k, v = inputs(N, N, 128, dtype, B=1)
+    rows = torch.cat([torch.arange(g * 128, min(N, g * 128 + 128)) for g in groups.tolist()]).to(DEVICE)
+
+    def sampled(x):
+        return x[:, :, rows]
+    o, lse, s = naive_attention(sampled(q), k, v)
+    baseline = sampled(F.scaled_dot_product_attention(q, k, v))
+    got, got_lse = sk.attention_triton(q, k, v)
+    assert_no_worse(sampled(got), o, baseline)
+    torch.testing.assert_close(sampled(got_lse).double(), lse, atol=5e-5, rtol=0)
+    lse_prev = got_lse + 0.1 * torch.randn_like(got_lse)
+    got, got_lse, mass = sk.attention_with_column_mass_triton(q, k, v, lse_prev)
+    assert_no_worse(sampled(got), o, baseline)
+    given = (s - sampled(lse_prev).double()[..., None]).exp()                                    # (1, 2, rows, N)
+    want = torch.stack([part.sum(2) for part in given.split([128, 128, N % 128], 2)], 2)
+    torch.testing.assert_close(mass[:, :, groups].double(), want, atol=0, rtol=2 ** -7)
+
+    columns, counts = sk.choose_columns(mass, 0.07, 0.01, None, 1)
+    want = sk.choose_columns_ref(mass, 0.07, 0.01, None, 1, 0)
+    assert same(columns, want[0]) and same(counts, want[1])
+    allowed = listed(columns[:, :, groups], counts[:, :, groups], N).repeat_interleave(128, 2)[:, :, :len(rows)]
+    o_S, lse_S, _ = naive_attention(sampled(q), k, v, allowed)
+    got, got_lse = sk.column_sparse_attention_triton(q, k, v, columns, counts)
+    assert_no_worse(sampled(got), o_S, F.scaled_dot_product_attention(sampled(q), k, v, attn_mask=allowed))
+    torch.testing.assert_close(sampled(got_lse).double(), lse_S, atol=5e-5, rtol=0)
+
+
 # ---------------------------------------------------------------------------------------------------
 # the choice of columns
 
@@ -1021,6 +1053,30 @@ def test_nothing_changed_equals_dense(delta, height, width, text_length):
     sparsity = Sparsity(attn_keys=0.1, attn_random=0.02, mlp_keys=0.2, measure=4, delta=delta, dense_layers=1)
     for dense, ours in run_flux(sparsity, height, width, text_length, steps=6, change=False)[0]:
         assert_near(ours, dense)
+
+
+@pytest.mark.parametrize("kind", ["double", "single"])
+@torch.no_grad()
+def test_blocks_compile_without_a_graph_break(kind):
+    model = randomise_all(flux_chipmunk.Flux(SMALL)).to(DEVICE)
+    model.lay_out_for_deltas()
+    block = (model.double_blocks if kind == "double" else model.single_blocks)[0]
+    layout = flux_chipmunk.make_layout(SMALL, 9, 17, 13, DEVICE)
+    sparsity = Sparsity(attn_keys=0.2, mlp_keys=0.3, measure=(1, 5, 8), dense_layers=0)
+    ours, theirs = (make_state(1, sparsity, layout.static, seed=0).layers[0] for _ in range(2))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    vec, tokens = torch.randn(1, SMALL.dim, device=DEVICE), torch.randn(1, 13 + 9 * 17, SMALL.dim, device=DEVICE)
+    for step in make_plan(11, sparsity):
+        x = tokens.split([13, 9 * 17], dim=1) if kind == "double" else (tokens,)
+        got, want = compiled(*x, vec, layout.rope, ours, step), block(*x, vec, layout.rope, theirs, step)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+        tokens = tokens + 0.1 * torch.randn_like(tokens)
+    assert ours.attn_work == theirs.attn_work > 0
+    # dense, measure, sparse; measure and, for the MLP's choice, sparse once more when the step's number becomes a variable
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
 def test_few_columns_are_close_and_more_are_closer():

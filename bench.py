@@ -1,13 +1,17 @@
 """Makes the tables of the README.
 
-    python bench.py score                  does the picture say what the prompt says, dense against Chipmunk
+    python bench.py score                  does FLUX.1's picture say what the prompt says, dense against Chipmunk
+    python bench.py score --model wan      the same for videos: wan or hunyuan
     python bench.py score --captions 20    the same, sooner
     python bench.py kernels                how fast the kernels are on this GPU, against the framework's fastest dense ones
 
 score draws captions whose combination of colour, shape and relation was held out of training, and looks for every
 asked-for thing in the pixels: which palette colour is where, in one piece, and which shape fills its bounding box best.
+A video shows one thing; its colour, shape and background are looked for in the first, the middle and the last frame, and
+where it stands, how large it is and how it is turned, in every second frame, tell whether it moves as asked.
 """
 import argparse
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +23,19 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
 import common
+import flux_chipmunk
+import hunyuan_chipmunk
+import wan_chipmunk
 from cache import fit_steps, listed, make_plan, make_state
-from flux_chipmunk import (CONFIGS, encode_prompts, load_part, make_layout, make_noise, make_sigmas, patchify, sample,
-                           unpatchify)
 from sparse_kernels import (GROUP, add_columns, attention, attention_with_column_mass, choose_columns, sparse_mlp_fc1,
                             sparse_mlp_fc2, triton)
-from train_tiny import COLOURS, SHAPES, Scene, Thing, draw, holds, make_scene
+from train_tiny import COLOURS, SHAPES, Scene, Thing, cover, draw, holds, make_moving_scene, make_scene
 
 GRID = 256                     # pictures are looked at in this many cells a side
-BATCH = 20                     # pictures drawn at a time
+BATCH = 20                     # pictures or videos drawn at a time
+CELLS, CROP = 128, 48          # a video's frames are looked at in fewer cells, and its thing, scaled to one size, in these
+TURNS = 48                     # orientations that a shape is compared in
+SYMMETRY = {"square": 90, "triangle": 120, "star": 72, "diamond": 180, "heart": 360}             # degrees after which it looks the same
 
 # ---------------------------------------------------------------------------------------------------------
 # seeing
@@ -97,52 +105,181 @@ def check(scene, picture, masks):
     return sum(c is not None for c in centres), len(centres), int(related), int(bool(scene.relation)), background == scene.background
 
 # ---------------------------------------------------------------------------------------------------------
-# score
+# seeing videos
+
+
+def turned_shapes(device):
+    """What `scaled` makes of every shape, turned clockwise in TURNS steps. -> (shapes, TURNS, CROP^2) of 0 and 1"""
+    angle = torch.arange(TURNS, device=device) * (2 * math.pi / TURNS)           # (TURNS,)
+    half, r = torch.full_like(angle, 0.5), torch.full_like(angle, 0.35)
+    masks = torch.stack([cover(shape, half, half, r, angle, CELLS) > 0.5 for shape in SHAPES])   # (shapes, TURNS, CELLS, CELLS)
+    return scaled(masks.float(), *centre_and_area(masks.float()))
+
+
+def centre_and_area(masks):
+    """Masks (..., CELLS, CELLS) of 0 and 1 -> centre x, y and area (...) each, as shares of the picture; NaN centres of nothing."""
+    grid = (torch.arange(CELLS, device=masks.device) + 0.5) / CELLS
+    area = masks.mean((-1, -2))
+    return (masks.mean(-2) * grid).mean(-1) / area, (masks.mean(-1) * grid).mean(-1) / area, area
+
+
+def scaled(masks, x, y, area):
+    """What is in masks (..., CELLS, CELLS), moved to the middle and made of one area. -> (..., CROP^2) of 0 and 1"""
+    axis = torch.linspace(-1.1, 1.1, CROP, device=masks.device) * 2 * area.sqrt()[..., None]     # (..., CROP)
+    x, y = (2 * centre[..., None] - 1 + axis for centre in (x, y))               # (..., CROP), where -1..1 is the picture
+    shape = *area.shape, CROP, CROP
+    grid = torch.stack([x[..., None, :].expand(shape), y[..., :, None].expand(shape)], dim=-1)   # (..., CROP, CROP, 2)
+    crops = F.grid_sample(masks.flatten(0, -3)[:, None], grid.flatten(0, -4).nan_to_num(), align_corners=False)
+    return (crops > 0.5).float().view(*area.shape, -1)
+
+
+def moves(motion, x, y, area, turned):
+    """Does a thing move as asked, beyond doubt? Its centre and area in every frame (T,) and the degrees it turned in all."""
+    reach = torch.hypot(x - x[0], y - y[0]).max()
+    growth = area[-1] / area[0]
+    if motion == "grows" or motion == "shrinks":
+        return reach < 0.12 and (growth if motion == "grows" else 1 / growth) > 1.6
+    if not 1 / 1.5 < growth < 1.5:
+        return False
+    if motion == "rotates":
+        return reach < 0.12 and abs(turned) > 90
+    if motion == "bounces":
+        depth = y.max() - torch.maximum(y[0], y[-1])
+        return depth > 0.15 and (y[-1] - y[0]).abs() < depth / 2 and (x - x[0]).abs().max() < depth / 2
+    right, down = x.diff(), y.diff()
+    along, across = {"moves left to right": (right, down), "moves right to left": (-right, down),
+                     "moves up": (-down, right), "moves down": (down, right)}[motion]
+    return along.sum() > 0.15 and along.min() > -0.02 and across.cumsum(0).abs().max() < along.sum() / 3
+
+
+def check_videos(scenes, videos, templates):
+    """videos (B, 3, T, S, S) in -1..1 of scenes -> for each scene the same five numbers as `check`, with the first, middle and
+    last frame as three things, and the motion as a relation."""
+    videos = videos[:, :, ::2]                                       # every second frame
+    B, _, T = videos.shape[:3]
+    cells = F.adaptive_avg_pool2d(videos.transpose(1, 2).flatten(0, 1), CELLS)                   # (B T, 3, CELLS, CELLS)
+    palette = torch.tensor(list(COLOURS.values()), device=cells.device) / 127.5 - 1              # (10, 3)
+    nearest = torch.stack([(cells - colour[:, None, None]).square().sum(1) for colour in palette]).argmin(0)     # (B T, CELLS, CELLS)
+    counts = torch.stack([(nearest == i).sum((-1, -2)) for i in range(len(palette))], dim=-1)    # (B T, 10)
+    background, thing = counts.topk(2).indices.unbind(-1)            # (B T,) the two commonest colours
+    masks = (nearest == thing[:, None, None])[:, None].float()
+    masks = F.max_pool2d(-F.max_pool2d(-masks, 3, 1, 1), 3, 1, 1).view(B, T, CELLS, CELLS)       # without the rims between two colours
+    x, y, area = centre_and_area(masks)                              # (B, T) each
+    crops = scaled(masks, x, y, area)                                # (B, T, CROP^2)
+    both = torch.einsum("btc,sac->btsa", crops, templates)           # (B, T, shapes, TURNS)
+    overlap = both / (crops.sum(-1)[..., None, None] + templates.sum(-1) - both)
+    x, y, area, overlap, background, thing = (a.cpu() for a in (x, y, area, overlap, background.view(B, T), thing.view(B, T)))
+    results = []
+    for b, scene in enumerate(scenes):
+        asked, fits = scene.things[0], overlap[b]                    # (T, shapes, TURNS)
+        best, shape = (fits.amax(-1) if scene.motion == "rotates" else fits[..., 0]).max(-1)     # (T,) each
+        there = (best > 0.7) & (shape == SHAPES.index(asked.shape)) & (thing[b] == list(COLOURS).index(asked.colour))
+        period = SYMMETRY.get(asked.shape, 360)
+        angle = fits[:, SHAPES.index(asked.shape)].argmax(-1) * (360 / TURNS)                    # (T,)
+        turned = ((angle.diff() + period / 2) % period - period / 2).sum().item()                # no step is half a period
+        moved = area[b].min() > 0.002 and moves(scene.motion, x[b], y[b], area[b], turned)
+        results.append((there[[0, T // 2, -1]].sum().item(), 3, int(moved), 1, (background[b] == list(COLOURS).index(scene.background)).all().item()))
+    return results
+
+# ---------------------------------------------------------------------------------------------------------
+# score: three ways to draw, each -> batches of caption numbers, and generate(batch, sparsity) -> pictures (B, 3, H, W) or
+# videos (B, 3, T, H, W) in -1..1; dense where sparsity is None
+
+
+def draw_with_flux(captions, config, folder, device):
+    texts, pooleds = flux_chipmunk.encode_prompts(captions, config, folder, device, torch.float32)
+    flux = flux_chipmunk.load_part("flux", config, folder, device, torch.float32)
+    flux.lay_out_for_deltas()
+    autoencoder, size = flux_chipmunk.load_part("autoencoder", config, folder, device, torch.float32), config.size // 16
+    layout = flux_chipmunk.make_layout(config.flux, size, size, config.text_length, device)
+    sigmas = flux_chipmunk.make_sigmas(config.steps, size * size, config.shift)
+
+    def generate(batch, sparsity):
+        noise = torch.cat([flux_chipmunk.make_noise(config.autoencoder.z, size, size, i) for i in batch.tolist()])   # (B, z, 2 size, 2 size)
+        noise = flux_chipmunk.patchify(noise.to(device, torch.float32))
+        plan = sparsity and make_plan(config.steps, sparsity)
+        state = sparsity and make_state(len(flux.double_blocks) + len(flux.single_blocks), sparsity, layout.static, int(batch[0]))
+        x = flux_chipmunk.sample(flux, noise, texts[batch], pooleds[batch], config.guidance, sigmas, layout, plan, state)
+        return autoencoder.decode(flux_chipmunk.unpatchify(x, size, size)).clamp(-1, 1)
+    return torch.arange(len(captions)).split(BATCH), generate
+
+
+def draw_with_wan(captions, config, folder, device):
+    *texts, negative = wan_chipmunk.encode_prompts([*captions, config.negative_prompt], config, folder, device, torch.float32)
+    texts = torch.stack(texts)                                       # (captions, L, text_dim)
+    wan, vae = (wan_chipmunk.load_part(part, config, folder, device, torch.float32) for part in ("wan", "vae"))
+    t, h, w = grid = config.frames // 4 + 1, config.height // 16, config.width // 16             # in tokens
+    layout = wan_chipmunk.make_layout(config.wan, grid, config.window, device)
+    schedule = wan_chipmunk.make_schedule(config.steps, config.shift)
+
+    def generate(batch, sparsity):
+        noise = torch.cat([wan_chipmunk.make_noise(config.wan.channels, t, 2 * h, 2 * w, i) for i in batch.tolist()])
+        plan = sparsity and make_plan(config.steps, sparsity)
+        states = sparsity and [make_state(config.wan.layers, sparsity, layout.static, int(batch[0])) for _ in range(2)]
+        both = texts[batch], negative.expand(len(batch), -1, -1)
+        x = wan_chipmunk.sample(wan, noise.to(device), both, config.guidance, schedule, layout, plan, states)    # (B, z, t, 2h, 2w)
+        return torch.cat([vae.decode(latents) for latents in x.split(1)]).clamp(-1, 1)
+    return torch.arange(len(captions)).split(BATCH), generate
+
+
+def draw_with_hunyuan(captions, config, folder, device):
+    texts, mask, pooleds = hunyuan_chipmunk.encode_prompts(captions, config, folder, device, torch.float32)
+    hunyuan, vae = (hunyuan_chipmunk.load_part(part, config, folder, device, torch.float32) for part in ("hunyuan", "vae"))
+    grid = config.frames // 4 + 1, config.height // 16, config.width // 16       # (t, h, w) in tokens
+    sigmas = hunyuan_chipmunk.make_sigmas(config.steps, config.shift)
+    lengths = mask.sum(1).cpu()                                      # a batch has captions of one length, so no padding
+
+    def generate(batch, sparsity):
+        noise = torch.cat([hunyuan_chipmunk.make_noise(config.hunyuan.z, grid, i) for i in batch.tolist()]).to(device).float()
+        text = texts[batch, :lengths[batch[0]]]                      # (B, T, text_dim)
+        layout = hunyuan_chipmunk.make_layout(config.hunyuan, grid, text.shape[1], device)
+        plan = sparsity and make_plan(config.steps, sparsity)
+        layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
+        state = sparsity and make_state(layers, sparsity, layout.static, int(batch[0]))
+        x = hunyuan_chipmunk.sample(hunyuan, noise, text, pooleds[batch], config.guidance, sigmas, layout, plan, state)
+        return torch.cat([vae.decode(latents) for latents in x.split(1)]).clamp(-1, 1)
+    return [b for n in lengths.unique() for b in (lengths == n).nonzero()[:, 0].split(BATCH)], generate
 
 
 @torch.no_grad()
 def score(args):
-    config, device = CONFIGS["tiny"], common.pick_device(args.device)
-    folder = Path(__file__).parent / config.weights
+    program, draw_with = {"flux": (flux_chipmunk, draw_with_flux), "wan": (wan_chipmunk, draw_with_wan),
+                          "hunyuan": (hunyuan_chipmunk, draw_with_hunyuan)}[args.model]
+    config, device, video = program.CONFIGS["tiny"], common.pick_device(args.device), program is not flux_chipmunk
     rng = random.Random(2506)
-    scenes = [make_scene(rng, train=False, plain=True) for _ in range(args.captions)]
-    texts, pooleds = encode_prompts([scene.caption for scene in scenes], config, folder, device, torch.float32)
-    flux = load_part("flux", config, folder, device, torch.float32)
-    flux.lay_out_for_deltas()
-    autoencoder = load_part("autoencoder", config, folder, device, torch.float32)
-    masks, size = shape_masks(), config.size // 16
-    layout = make_layout(config.flux, size, size, config.text_length, device)
-    sigmas = make_sigmas(config.steps, size * size, config.shift)
+    scenes = [(make_moving_scene if video else make_scene)(rng, train=False, plain=True) for _ in range(args.captions)]
+    batches, generate = draw_with([scene.caption for scene in scenes], config, Path(__file__).parent / config.weights, device)
+    known = turned_shapes(device) if video else shape_masks()
 
     def variant(**changes):
         return fit_steps(replace(config.sparsity, **changes), config.steps, config.steps)
-    variants = {"dense": None, "delta=mass": variant(delta="mass", skip="none"), "delta=mass, step caching": variant(delta="mass"),
-                "delta=paper": variant(delta="paper", skip="none"), "delta=paper, step caching": variant(delta="paper"),
-                "delta=paper, the original's measure steps": variant(delta="paper", skip="none", measure=10)}
+    early, original = flux_chipmunk.FLUX_SPARSITY.measure, wan_chipmunk.WAN_SPARSITY.measure if video else 10
+    variants = {"dense": None}
+    for delta, measure, name in ("mass", early, ""), ("paper", early, ""), ("paper", original, ", the original's measure steps"):
+        variants[f"delta={delta}{name}"] = variant(delta=delta, measure=measure, skip="none")
+        variants[f"delta={delta}{name}, step caching"] = variant(delta=delta, measure=measure)
     totals = {name: [0] * 5 for name in variants}
     likeness = {name: [] for name in variants}
-    for batch in tqdm(torch.arange(args.captions).split(BATCH), f"{BATCH} captions"):
-        noise = torch.cat([make_noise(config.autoencoder.z, size, size, i) for i in batch.tolist()])     # (B, z, 2 size, 2 size)
-        noise = patchify(noise.to(device, torch.float32))
+    for batch in tqdm(batches, "batches of captions"):
+        asked = [scenes[i] for i in batch]
         for name, sparsity in variants.items():
-            plan = sparsity and make_plan(config.steps, sparsity)
-            state = sparsity and make_state(len(flux.double_blocks) + len(flux.single_blocks), sparsity, layout.static, int(batch[0]))
-            x = sample(flux, noise, texts[batch], pooleds[batch], config.guidance, sigmas, layout, plan, state)
-            pictures = autoencoder.decode(unpatchify(x, size, size)).clamp(-1, 1)                         # (B, 3, H, W)
+            pictures = generate(batch, sparsity)                     # (B, 3, H, W) or (B, 3, T, H, W)
             if name == "dense":
                 dense = pictures
-            for i, a, b in zip(batch.tolist(), dense[:, None], pictures[:, None]):
-                totals[name] = [x + y for x, y in zip(totals[name], check(scenes[i], b[0].cpu(), masks))]
-                likeness[name].append((common.psnr(a, b), common.ssim(a, b)))
+            checks = check_videos(asked, pictures, known) if video else [check(s, p.cpu(), known) for s, p in zip(asked, pictures)]
+            totals[name] = [sum(column) for column in zip(totals[name], *checks)]
+            for a, b in zip(dense, pictures):
+                a, b = (p.transpose(0, 1) if video else p[None] for p in (a, b))             # (T or 1, 3, H, W)
+                likeness[name].append((common.psnr(a, b), common.ssim(a, b)) if name != "dense" else (0, 0))
 
-    print(f"| tiny, {args.captions} captions, {config.steps} steps | things right | relations right | backgrounds right | PSNR to dense | SSIM |")
+    print(f"| {args.model} tiny, {args.captions} captions, {config.steps} steps | things right | {'motions' if video else 'relations'} right "
+          "| backgrounds right | PSNR to dense | SSIM |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, (things, asked, related, relations, background) in totals.items():
         quality = "- | -" if name == "dense" else "{:.2f} dB | {:.4f}".format(*(sum(q) / len(q) for q in zip(*likeness[name])))
         print(f"| {name} | {things / asked:.1%} | {related / max(1, relations):.1%} | {background / args.captions:.1%} | {quality} |")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"\n{where}, torch {torch.__version__}, float32")
-
 
 # ---------------------------------------------------------------------------------------------------------
 # kernels
@@ -238,6 +375,7 @@ def kernels(args):
 def main():
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=["score", "kernels"])
+    parser.add_argument("--model", choices=["flux", "wan", "hunyuan"], default="flux", help="of the score (default: flux)")
     parser.add_argument("--captions", type=common.number(int, 1, 10_000), default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

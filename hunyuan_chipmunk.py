@@ -99,7 +99,7 @@ CONFIGS = {
         weights="weights/hunyuan-tiny",
         hunyuan=HunyuanConfig(z=8, text_dim=96, pooled_dim=64, dim=192, heads=3, ff=384, dual_blocks=2, single_blocks=6,
                               refiner_blocks=1, axes=(16, 24, 24)),
-        vae=VAEConfig(channels=16, multipliers=(1, 2, 3, 3), blocks=1, z=8, groups=8, scale=1.0),
+        vae=VAEConfig(channels=16, multipliers=(1, 2, 3, 3), blocks=1, z=8, groups=2, scale=1.0),   # with 8 groups a background's colour hardly passes
         llama=LlamaConfig(vocab=512, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
         template="<|start_header_id|>{}<|eot_id|>", crop=2,          # <|begin_of_text|> and <|start_header_id|>

@@ -2,8 +2,8 @@
 
 In order: kernels (definitions against naive float64 sums, Triton kernels against the definitions: in Triton's
 interpreter on a CPU, compiled on a GPU), text encoders and tokenizers against transformers, FLUX.1 against diffusers,
-deltas against dense, the command line and its errors; then the same for Wan2.1 and HunyuanVideo. Oracles that are not
-installed are skipped.
+deltas against dense, the command line and its errors; then the same for Wan2.1 and HunyuanVideo; training
+and scoring the embedded models. Oracles that are not installed are skipped.
 """
 import json
 import math
@@ -2065,3 +2065,78 @@ def test_hunyuan_adjusted_words_and_foreign_weights(monkeypatch, tmp_path, capsy
     finally:
         save_file(tensors, file)
     assert "quant_conv.bias is [3], not [16]" in capsys.readouterr().err and not (tmp_path / "b.mp4").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# training and scoring the embedded models
+
+
+@pytest.mark.parametrize("model", list(train_tiny.RECIPES))
+def test_training_runs_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, tmp_path, capsys, model):
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)                # compiling takes longer than these steps
+    recipe, folder, cpu = train_tiny.RECIPES[model], tmp_path / "weights", torch.device("cpu")
+    stages = tuple(replace(stage, size=32, scenes=4, batch=2, steps=2, frames=min(5, stage.frames)) for stage in recipe.stages)
+    program, config = recipe.program, recipe.program.CONFIGS["tiny"]
+    train_tiny.train(replace(recipe, stages=stages[:-1]), folder, tmp_path / "work", cpu)
+    written = {part: (folder / file).read_bytes() for part, file in recipe.files.items()}
+    train_tiny.train(replace(recipe, stages=stages), folder, tmp_path / "work", cpu)             # goes on with the last stage
+    after = {part: (folder / file).read_bytes() for part, file in recipe.files.items()}
+    assert after[recipe.autoencoder] == written[recipe.autoencoder] and after[recipe.painters[0]] != written[recipe.painters[0]]
+    for part in recipe.files:
+        module = program.load_part(part, config, folder, cpu, torch.float32)
+        assert all(p.isfinite().all() for p in module.parameters())
+    text = program.encode_prompts(["a red circle moves up on a blue background", ""], config, folder, cpu, torch.float32)
+    assert all(x.isfinite().all() for x in ([text] if torch.is_tensor(text) else text))
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 16e6
+    with pytest.raises(common.Fail, match="another recipe"):
+        train_tiny.train(replace(recipe, stages=(replace(stages[0], steps=3),)), folder, tmp_path / "work", cpu)
+
+    small = {"size": 64} if model == "flux" else {"width": 64, "height": 64, "frames": 5}
+    monkeypatch.setitem(program.CONFIGS, "tiny", replace(config, weights=str(folder), steps=8, **small))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "score", "--model", model, "--captions", "3", "--device", "cpu"])
+    capsys.readouterr()
+    bench.main()
+    title, _, dense, *others, _, _ = capsys.readouterr().out.splitlines()
+    assert f"| {model} tiny, 3 captions, 8 steps" in title and dense.endswith("| - | - |")
+    assert len(others) == 6 and all(" dB | " in row for row in others)
+
+
+def test_moving_scenes_and_what_is_seen_in_them():
+    rng, cpu = random.Random(6), torch.device("cpu")
+    templates = bench.turned_shapes(cpu)
+    scenes = [train_tiny.make_moving_scene(rng, train=i % 2 == 0, plain=i % 3 == 0) for i in range(16)]
+    assert {s.motion for s in scenes} == set(train_tiny.MOTIONS)
+    for i, scene in enumerate(scenes):
+        assert train_tiny.held_out(scene.things[0].colour, scene.things[0].shape, scene.motion) == (i % 2 == 1)
+        assert not (scene.motion == "rotates" and scene.things[0].shape in train_tiny.ROUND)
+    videos = train_tiny.draw_videos(scenes, 128, 17)
+    assert videos.shape == (16, 3, 17, 128, 128) and -1 <= videos.min() and videos.max() <= 1
+    noisy = videos + 0.05 * torch.randn_like(videos)
+    assert bench.check_videos(scenes, noisy, templates) == [(3, 3, 1, 1, True)] * 16
+
+    def asked(**changes):
+        """The scenes with something else about their things."""
+        return [replace(s, things=(replace(s.things[0], **{name: other(s) for name, other in changes.items()}),)) for s in scenes]
+    results = bench.check_videos(asked(colour=lambda s: s.background), videos, templates)
+    assert not any(things for things, *_ in results) and all(moved for _, _, moved, *_ in results)
+    shapes = list(train_tiny.SHAPES)
+    results = bench.check_videos(asked(shape=lambda s: shapes[shapes.index(s.things[0].shape) - 1]), videos, templates)
+    assert sum(things for things, *_ in results) <= 2                # of 48
+    results = bench.check_videos([replace(s, background=s.things[0].colour) for s in scenes], videos, templates)
+    assert not any(background for *_, background in results)
+    motions = list(train_tiny.MOTIONS)
+    for i in range(1, len(motions)):
+        others = [replace(s, motion=motions[(motions.index(s.motion) + i) % len(motions)]) for s in scenes]
+        assert not any(moved for _, _, moved, *_ in bench.check_videos(others, videos, templates))
+    assert not any(moved for _, _, moved, *_ in bench.check_videos(scenes, videos[:, :, :1].expand_as(videos), templates))
+    assert not any(things or moved for things, _, moved, *_ in bench.check_videos(scenes, torch.zeros_like(videos), templates))
+
+
+def test_videos_are_drawn_as_pictures_are():
+    """The first frame of a video is the picture of its scene, and the last one that of its end."""
+    rng = random.Random(4)
+    scenes = [s for s in (train_tiny.make_moving_scene(rng) for _ in range(12)) if s.motion not in ("rotates", "bounces")]
+    videos = train_tiny.draw_videos(scenes, 48, 5, window=(0.1, 0.2, 0.5))
+    assert torch.allclose(videos[:, :, 0], train_tiny.draw(scenes, 48, window=(0.1, 0.2, 0.5)), atol=1e-5)
+    ends = [replace(s, things=(s.end,)) for s in scenes]
+    assert torch.allclose(videos[:, :, -1], train_tiny.draw(ends, 48, window=(0.1, 0.2, 0.5)), atol=1e-3)

@@ -392,8 +392,8 @@ RECIPES = {
     "wan": Recipe(
         program=wan_chipmunk, files=wan_chipmunk.FILES,
         autoencoder="vae", painters=("wan", "umt5"), zero=r"time_proj|scale_shift_table|attn2\.to_out|^proj_out",
-        stages=(Stage("autoencoder 1", 128, 40_000, 64, 1_000, (1e-3, 1e-3), frames=1),
-                Stage("autoencoder 17", 128, 40_000, 8, 1_000, (1e-3, 1e-5), frames=17),
+        stages=(Stage("autoencoder 1", 128, 40_000, 64, 1_000, (4e-4, 4e-4), frames=1),
+                Stage("autoencoder 17", 128, 40_000, 8, 1_000, (4e-4, 1e-5), frames=17),
                 Stage("flow 128", 128, 40_000, 512, 6_000, (1e-3, 1e-3), frames=17),
                 Stage("flow 256", 256, 12_000, 256, 1_900, (1e-3, 1e-5), frames=17)),
         make_scene=make_moving_scene, make_reader=wan_reader, velocity=wan_velocity,
@@ -402,8 +402,8 @@ RECIPES = {
     "hunyuan": Recipe(
         program=hunyuan_chipmunk, files=hunyuan_chipmunk.FILES,
         autoencoder="vae", painters=("hunyuan", "llama", "clip"), zero=r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear|^proj_out",
-        stages=(Stage("autoencoder 1", 128, 40_000, 64, 1_000, (1e-3, 1e-3), frames=1),
-                Stage("autoencoder 17", 128, 40_000, 8, 1_200, (1e-3, 1e-5), frames=17),
+        stages=(Stage("autoencoder 1", 128, 40_000, 64, 1_000, (4e-4, 4e-4), frames=1),
+                Stage("autoencoder 17", 128, 40_000, 8, 1_200, (4e-4, 1e-5), frames=17),
                 Stage("flow 128", 128, 40_000, 512, 6_500, (1e-3, 1e-3), frames=17),
                 Stage("flow 256", 256, 12_000, 256, 1_800, (1e-3, 1e-4), frames=17),
                 Stage("guided 256", 256, 12_000, 256, 500, (3e-4, 0.0), ema=0.995, frames=17, guidance=7.0)),
@@ -469,15 +469,23 @@ def channels_last(model):
             p.data = p.data.contiguous(memory_format=torch.channels_last if p.dim() == 4 else torch.channels_last_3d)
 
 
+@torch.no_grad()
 def make_autoencoder(recipe, config):
-    """The autoencoder. A video's has a convolution on either side of its latents: they start as the identity and with little
-    noise between them, so that the decoder soon sees what the encoder says."""
+    """The autoencoder. In a video's, the convolutions around the latents start as the identity and with little noise between
+    them, so that the decoder soon sees what the encoder says. Wan2.1's puts zeros before the first frame, from which single
+    frames learn nothing: there no frame looks back at first, and time is halved and doubled by leaving out and repeating."""
     autoencoder = recipe.program.parts(config)[recipe.autoencoder]()
-    if hasattr(autoencoder, "quant_conv"):
-        for conv in autoencoder.quant_conv, autoencoder.post_quant_conv:
+    for name, conv in autoencoder.named_modules():
+        if name in ("quant_conv", "post_quant_conv"):
             nn.init.dirac_(conv.weight)
             nn.init.zeros_(conv.bias)
-        nn.init.constant_(autoencoder.quant_conv.bias[autoencoder.config.z:], -4.0)
+        elif isinstance(conv, wan_chipmunk.CausalConv) or name.endswith("time_conv"):
+            conv.weight[:, :, :-1] = 0.0
+            if name.endswith("time_conv"):                           # C -> C or, for two frames, 2 C
+                conv.weight[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(conv.out_channels // conv.in_channels, 1)
+                nn.init.zeros_(conv.bias)
+        if name == "quant_conv":
+            conv.bias[config.vae.z:] = -4.0                          # log variance
     return autoencoder
 
 

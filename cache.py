@@ -121,7 +121,8 @@ class ModelState:
 def make_state(layers, sparsity, static, seed):
     """A fresh ModelState for a model of `layers` blocks."""
     most = int(static.sum(-1).max())
-    return ModelState([None if i < sparsity.dense_layers else LayerState(sparsity, static, most, (seed * layers + i) % 2**31, *torch.zeros(2, device=static.device))
+    return ModelState([None if i < sparsity.dense_layers else
+                       LayerState(sparsity, static, most, (seed * layers + i) % 2**31, *torch.zeros(2, device=static.device))
                        for i in range(layers)])
 
 

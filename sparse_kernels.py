@@ -214,7 +214,7 @@ def _check(*tensors: Tensor) -> None:
 
 
 def _attention_config(q: Tensor, k: Tensor, v: Tensor, warps: int, stages: int) -> dict:
-    """Constants of the attention kernels. WIDE: offsets into k or v pass 2^31; where they do not, 32-bit ones are 14 % faster."""
+    """Constants of the attention kernels. WIDE: offsets into k or v pass 2^31; where they do not, 32-bit ones are faster."""
     D, dtype = q.shape[-1], q.dtype
     _need(D in (16, 32, 64, 128), f"head dimension must be 16, 32, 64 or 128; got {D}")
     return dict(BLOCK_M=GROUP, BLOCK_N=16 if dtype == torch.float32 else 64,    # exact fp32 runs in registers, without tensor cores

@@ -2,7 +2,7 @@
 
     python bench.py score                  does FLUX.1's picture say what the prompt says, dense against Chipmunk
     python bench.py score --model wan      the same for videos: wan or hunyuan
-    python bench.py score --captions 20    the same, sooner
+    python bench.py score --preset         dense and the model's own preset only, sooner; --captions 40 is sooner, too
     python bench.py kernels                how fast the kernels are on this GPU, against the framework's fastest dense ones
 
 score draws captions whose combination of colour, shape and relation was held out of training, and looks for every
@@ -41,11 +41,11 @@ SYMMETRY = {"square": 90, "triangle": 120, "star": 72, "diamond": 180, "heart": 
 # seeing
 
 
-def shape_masks():
+def shape_masks(device):
     """{shape: bool (h, w)}, each cut to its bounding box."""
     masks = {}
     for shape in SHAPES:
-        picture = draw([Scene((Thing("black", shape, "", 0.5, 0.5, 0.4),), "", "white", "")], 256)[0]
+        picture = draw([Scene((Thing("black", shape, "", 0.5, 0.5, 0.4),), "", "white", "")], 256, device)[0]
         masks[shape] = cut(picture.mean(0) < 0)
     return masks
 
@@ -60,7 +60,7 @@ def pieces(mask):
     """Connected pieces of mask (H, W), each a mask. On cells of 2 x 2, every cell takes the highest number among its
     neighbours until none changes."""
     coarse = F.max_pool2d(mask[None].float(), 2)[0]                  # (H / 2, W / 2)
-    numbers = torch.arange(1.0, coarse.numel() + 1).view(coarse.shape) * coarse
+    numbers = torch.arange(1.0, coarse.numel() + 1, device=mask.device).view(coarse.shape) * coarse
     while not torch.equal(numbers, spread := F.max_pool2d(numbers[None], 3, 1, 1)[0] * coarse):
         numbers = spread
     numbers = numbers.repeat_interleave(2, 0).repeat_interleave(2, 1)            # (H, W)
@@ -70,7 +70,7 @@ def pieces(mask):
 def see(picture, masks):
     """What is in a picture (3, S, S) in -1..1? -> background colour, [(colour, shape, (x, y) of the centre)]"""
     cells = F.adaptive_avg_pool2d(picture, GRID)                     # (3, GRID, GRID)
-    palette = torch.tensor(list(COLOURS.values())) / 127.5 - 1       # (10, 3)
+    palette = torch.tensor(list(COLOURS.values()), device=cells.device) / 127.5 - 1              # (10, 3)
     nearest = (cells[None] - palette[:, :, None, None]).square().sum(1).argmin(0)    # (GRID, GRID)
     background = nearest.flatten().mode().values.item()
     found = []
@@ -249,15 +249,18 @@ def score(args):
     rng = random.Random(2506)
     scenes = [(make_moving_scene if video else make_scene)(rng, train=False, plain=True) for _ in range(args.captions)]
     batches, generate = draw_with([scene.caption for scene in scenes], config, Path(__file__).parent / config.weights, device)
-    known = turned_shapes(device) if video else shape_masks()
+    known = turned_shapes(device) if video else shape_masks(device)
 
     def variant(**changes):
         return fit_steps(replace(config.sparsity, **changes), config.steps, config.steps)
     early, original = flux_chipmunk.FLUX_SPARSITY.measure, wan_chipmunk.WAN_SPARSITY.measure if video else 10
     variants = {"dense": None}
-    for delta, measure, name in ("mass", early, ""), ("paper", early, ""), ("paper", original, ", the original's measure steps"):
-        variants[f"delta={delta}{name}"] = variant(delta=delta, measure=measure, skip="none")
-        variants[f"delta={delta}{name}, step caching"] = variant(delta=delta, measure=measure)
+    if args.preset:
+        variants["Chipmunk, preset"] = variant()
+    else:
+        for delta, measure, name in ("mass", early, ""), ("paper", early, ""), ("paper", original, ", the original's measure steps"):
+            variants[f"delta={delta}{name}"] = variant(delta=delta, measure=measure, skip="none")
+            variants[f"delta={delta}{name}, step caching"] = variant(delta=delta, measure=measure)
     totals = {name: [0] * 5 for name in variants}
     likeness = {name: [] for name in variants}
     for batch in tqdm(batches, "batches of captions"):
@@ -266,7 +269,7 @@ def score(args):
             pictures = generate(batch, sparsity)                     # (B, 3, H, W) or (B, 3, T, H, W)
             if name == "dense":
                 dense = pictures
-            checks = check_videos(asked, pictures, known) if video else [check(s, p.cpu(), known) for s, p in zip(asked, pictures)]
+            checks = check_videos(asked, pictures, known) if video else [check(s, p, known) for s, p in zip(asked, pictures)]
             totals[name] = [sum(column) for column in zip(totals[name], *checks)]
             for a, b in zip(dense, pictures):
                 a, b = (p.transpose(0, 1) if video else p[None] for p in (a, b))             # (T or 1, 3, H, W)
@@ -377,6 +380,7 @@ def main():
     parser.add_argument("table", choices=["score", "kernels"])
     parser.add_argument("--model", choices=["flux", "wan", "hunyuan"], default="flux", help="of the score (default: flux)")
     parser.add_argument("--captions", type=common.number(int, 1, 10_000), default=200)
+    parser.add_argument("--preset", action="store_true", help="of the score: dense and the model's preset alone, which is sooner")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     {"score": score, "kernels": kernels}[args.table](args)

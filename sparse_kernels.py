@@ -690,7 +690,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return lse; those can be differentiated.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        if torch.cuda.get_device_capability(q.device)[0] < 9:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]     # on Hopper 1.9x as fast
+        return o, lse.view(q.shape[:3])
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     return _attention(q, k, v)

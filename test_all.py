@@ -1139,7 +1139,7 @@ def test_lay_out_for_deltas_changes_no_value():
 
 
 def test_scenes_and_what_is_seen_in_them():
-    rng, masks = random.Random(3), bench.shape_masks()
+    rng, masks = random.Random(3), bench.shape_masks("cpu")
     scenes = [train_tiny.make_scene(rng) for _ in range(40)]
     for scene, picture in zip(scenes, train_tiny.draw(scenes, 512)):
         things, asked, related, relations, background = bench.check(scene, picture, masks)
@@ -1223,7 +1223,7 @@ def test_the_picture_says_what_the_prompt_says():
             state = sparsity and make_state(8, sparsity, layout.static, 0)
             x = flux_chipmunk.sample(flux, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
             picture = autoencoder.decode(flux_chipmunk.unpatchify(x, 32, 32))[0]
-            assert bench.check(scene, picture, bench.shape_masks()) == (1, 1, 0, 0, True)
+            assert bench.check(scene, picture, bench.shape_masks("cpu")) == (1, 1, 0, 0, True)
 
 
 @pytest.mark.parametrize("program, model", [(program, model) for program in (flux_chipmunk, wan_chipmunk, hunyuan_chipmunk) for model in program.CONFIGS])
@@ -2099,6 +2099,9 @@ def test_training_runs_resumes_and_writes_what_loads_and_can_be_scored(monkeypat
     title, _, dense, *others, _, _ = capsys.readouterr().out.splitlines()
     assert f"| {model} tiny, 3 captions, 8 steps" in title and dense.endswith("| - | - |")
     assert len(others) == 6 and all(" dB | " in row for row in others)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--preset"])
+    bench.main()
+    assert "| Chipmunk, preset | " in capsys.readouterr().out.splitlines()[3]
 
 
 def test_moving_scenes_and_what_is_seen_in_them():

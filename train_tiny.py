@@ -244,8 +244,9 @@ def moments(scenes, frames, device):
     return *torch.lerp(start[:, :, None], end[:, :, None], done[:, None]).unbind(1), math.pi * time * turns      # half a turn
 
 
-def draw_videos(scenes, size, frames, device="cpu", window=(0.0, 0.0, 1.0)):
-    """Scenes with a motion -> videos (B, 3, T, size, size) in -1..1."""
+def draw_videos(scenes, size, frames, device="cpu", window=(0.0, 0.0, 1.0), behind=None):
+    """Scenes with a motion -> videos (B, 3, T, size, size) in -1..1; their things on the videos `behind` instead of their
+    backgrounds, where those are given."""
     places = moments(scenes, frames, device)
     covers = torch.empty(len(scenes), frames, size, size, device=device)         # (B, T, size, size)
     for shape in SHAPES:
@@ -254,7 +255,7 @@ def draw_videos(scenes, size, frames, device="cpu", window=(0.0, 0.0, 1.0)):
             covers[rows] = cover(shape, *(p[rows] for p in places), size, window)
     background, colour = (colours_of(names, device)[:, :, None, None, None]      # (B, 3, 1, 1, 1)
                           for names in zip(*((s.background, s.things[0].colour) for s in scenes)))
-    return torch.lerp(background, colour, covers[:, None])                       # (B, 3, T, size, size)
+    return torch.lerp(background if behind is None else behind, colour, covers[:, None])         # (B, 3, T, size, size)
 
 # ---------------------------------------------------------------------------------------------------------
 # tokenizers, laid out as the big repositories'. Every printable character has a token, so that any prompt can be read.
@@ -382,31 +383,31 @@ RECIPES = {
         program=flux_chipmunk, files={part: file for part, (file,) in flux_chipmunk.CONFIGS["tiny"].files.items()},
         autoencoder="autoencoder", painters=("flux", "t5", "clip"), zero=r"\.lin\.|final_layer",
         stages=(Stage("autoencoder", 256, 100_000, 32, 2_500, (1e-3, 1e-5)),
-                Stage("flow 128", 128, 200_000, 512, 10_000, (1e-3, 1e-3)),
-                Stage("flow 256", 256, 100_000, 512, 4_000, (1e-3, 1e-3)),
-                Stage("flow 512", 512, 60_000, 256, 2_400, (1e-3, 1e-4)),
-                Stage("guided 512", 512, 60_000, 256, 600, (3e-4, 0.0), ema=0.995, guidance=5.0)),
+                Stage("flow 128", 128, 100_000, 512, 4_220, (1e-3, 1e-3)),
+                Stage("flow 256", 256, 40_000, 512, 3_220, (1e-3, 1e-3)),
+                Stage("flow 512", 512, 16_000, 256, 1_560, (1e-3, 1e-4)),
+                Stage("guided 512", 512, 16_000, 256, 360, (3e-4, 0.0), ema=0.99, guidance=5.0)),
         make_scene=make_scene, make_reader=flux_reader, velocity=flux_velocity,
         encode=lambda autoencoder, pictures: autoencoder.encoder(pictures),
         make_layout=lambda config, grid, device: flux_chipmunk.make_layout(config.flux, *grid, config.text_length, device)),
     "wan": Recipe(
         program=wan_chipmunk, files=wan_chipmunk.FILES,
         autoencoder="vae", painters=("wan", "umt5"), zero=r"time_proj|scale_shift_table|attn2\.to_out|^proj_out",
-        stages=(Stage("autoencoder 1", 128, 40_000, 64, 1_000, (4e-4, 4e-4), frames=1),
-                Stage("autoencoder 17", 128, 40_000, 8, 1_000, (4e-4, 1e-5), frames=17),
-                Stage("flow 128", 128, 40_000, 512, 6_000, (1e-3, 1e-3), frames=17),
-                Stage("flow 256", 256, 12_000, 256, 1_900, (1e-3, 1e-5), frames=17)),
+        stages=(Stage("autoencoder 1", 128, 40_000, 64, 2_000, (4e-4, 4e-4), frames=1),
+                Stage("autoencoder 17", 128, 40_000, 8, 2_000, (4e-4, 1e-5), frames=17),
+                Stage("flow 128", 128, 12_000, 512, 4_000, (1e-3, 1e-3), frames=17),
+                Stage("flow 256", 256, 4_000, 256, 1_500, (1e-3, 1e-5), frames=17)),
         make_scene=make_moving_scene, make_reader=wan_reader, velocity=wan_velocity,
         encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos, {})),
         make_layout=lambda config, grid, device: wan_chipmunk.make_layout(config.wan, grid, config.window, device)),
     "hunyuan": Recipe(
         program=hunyuan_chipmunk, files=hunyuan_chipmunk.FILES,
         autoencoder="vae", painters=("hunyuan", "llama", "clip"), zero=r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear|^proj_out",
-        stages=(Stage("autoencoder 1", 128, 40_000, 64, 1_000, (4e-4, 4e-4), frames=1),
-                Stage("autoencoder 17", 128, 40_000, 8, 1_200, (4e-4, 1e-5), frames=17),
-                Stage("flow 128", 128, 40_000, 512, 6_500, (1e-3, 1e-3), frames=17),
-                Stage("flow 256", 256, 12_000, 256, 1_800, (1e-3, 1e-4), frames=17),
-                Stage("guided 256", 256, 12_000, 256, 500, (3e-4, 0.0), ema=0.995, frames=17, guidance=7.0)),
+        stages=(Stage("autoencoder 1", 128, 40_000, 64, 2_000, (4e-4, 4e-4), frames=1),
+                Stage("autoencoder 17", 128, 40_000, 8, 2_000, (4e-4, 1e-5), frames=17),
+                Stage("flow 128", 128, 12_000, 512, 4_000, (1e-3, 1e-3), frames=17),
+                Stage("flow 256", 256, 4_000, 256, 1_500, (1e-3, 1e-4), frames=17),
+                Stage("guided 256", 256, 4_000, 256, 400, (3e-4, 0.0), ema=0.995, frames=17, guidance=7.0)),
         make_scene=make_moving_scene, make_reader=hunyuan_reader, velocity=hunyuan_velocity,
         encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos)),
         make_layout=lambda config, grid, device: hunyuan_chipmunk.make_layout(config.hunyuan, grid, HUNYUAN_TEXT, device))}
@@ -496,7 +497,6 @@ def show(scenes, stage, device, window=(0.0, 0.0, 1.0)):
 
 def autoencoder_loss(recipe, autoencoder, scenes, stage, device):
     """Reconstruction, plus: latents' noise near standard (KL), their mean and spread over the batch standard."""
-    @torch.compile
     def forward(pictures, noise):
         mean, logvar = recipe.encode(autoencoder, pictures).float().chunk(2, dim=1)      # (B, z, ..., h, w) each
         logvar = logvar.clamp(-12, 4)
@@ -511,6 +511,8 @@ def autoencoder_loss(recipe, autoencoder, scenes, stage, device):
         side = rng.choice((1.0, 0.5))                                # half the batches look at pictures of twice the size
         window = (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side)
         pictures = show(rng.sample(scenes, stage.batch), stage, device, window)
+        for _ in range(2 if stage.frames else 0):                    # videos show one thing: three on top of each other teach more
+            pictures = draw_videos(rng.sample(scenes, stage.batch), stage.size, stage.frames, device, window, pictures)
         *time, h, w = stage.grid
         noise = torch.randn(stage.batch, autoencoder.config.z, *time, 2 * h, 2 * w, generator=generator, device=device)
         with half_precision(device):
@@ -545,11 +547,18 @@ def make_painters(recipe, config):
     return painters
 
 
+def compile_blocks(model):
+    """Compile every block of a transformer and its text encoders in place; those of one kind share their code."""
+    for name, module in model.named_modules():
+        if re.search(r"(blocks?|layers)\.\d+$", name):
+            module.compile(dynamic=False)
+
+
 def flow_loss(recipe, painters, teacher, latents, tokens, empty, stage, layout, device):
     """Flow matching on cached latents; with a teacher, matching its guided velocity instead."""
     shift = 0.16 * math.prod(stage.grid)**0.5                        # towards noise: it is above t = 0.9 that things find their places
-    student, guide = (torch.compile(lambda *inputs, model=model: recipe.velocity(model, *inputs, layout), dynamic=False)
-                      for model in (painters, teacher))
+    for model in painters, teacher or painters:
+        compile_blocks(model)
 
     def loss(generator):
         def uniform():
@@ -570,10 +579,10 @@ def flow_loss(recipe, painters, teacher, latents, tokens, empty, stage, layout, 
             else:
                 guidance = 1 + (stage.guidance - 1) * uniform()
                 with torch.no_grad():
-                    prompted = guide(x, t, prompts, one)
-                    unprompted = guide(x, t, [e.expand_as(i) for e, i in zip(empty, prompts)], one)
+                    prompted = recipe.velocity(teacher, x, t, prompts, one, layout)
+                    unprompted = recipe.velocity(teacher, x, t, [e.expand_as(i) for e, i in zip(empty, prompts)], one, layout)
                     target = unprompted + guidance.view(-1, *[1] * (clean.dim() - 1)) * (prompted - unprompted)
-            velocity = student(x, t, prompts, guidance)
+            velocity = recipe.velocity(painters, x, t, prompts, guidance, layout)
         return F.mse_loss(velocity.float(), target.float())
     return loss
 

@@ -27,7 +27,7 @@ import flux_chipmunk
 import hunyuan_chipmunk
 import wan_chipmunk
 from cache import fit_steps, listed, make_plan, make_state
-from sparse_kernels import (GROUP, add_columns, attention, attention_with_column_mass, choose_columns, sparse_mlp_fc1,
+from sparse_kernels import (GROUP, add_columns, attention, attention_triton, attention_with_column_mass, choose_columns, sparse_mlp_fc1,
                             sparse_mlp_fc2, triton)
 from train_tiny import COLOURS, SHAPES, Scene, Thing, cover, draw, holds, make_moving_scene, make_scene
 
@@ -253,7 +253,7 @@ def score(args):
 
     def variant(**changes):
         return fit_steps(replace(config.sparsity, **changes), config.steps, config.steps)
-    early, original = flux_chipmunk.FLUX_SPARSITY.measure, wan_chipmunk.WAN_SPARSITY.measure if video else 10
+    early, original = config.sparsity.measure, wan_chipmunk.WAN_SPARSITY.measure if video else 10
     variants = {"dense": None}
     if args.preset:
         variants["Chipmunk, preset"] = variant()
@@ -323,7 +323,7 @@ def flex_ms(q, k, v, columns, counts):
     return milliseconds(lambda: attend(q, k, v, block_mask=blocks))
 
 
-ATTENTION_CASES = (("FLUX.1-dev, 1024x1024", 24, 4_352, 0.165), ("HunyuanVideo, 720x1280x129", 24, 119_056, 0.07),
+ATTENTION_CASES = (("FLUX.1-dev, 1024x1024", 24, 4_352, 0.165), ("one group less: three full waves", 24, 4_224, 0.165), ("HunyuanVideo, 720x1280x129", 24, 119_056, 0.07),
                    ("Wan2.1 14B, 720x1280x81", 40, 75_600, 0.10))
 
 
@@ -344,17 +344,21 @@ def kernels(args):
         backend += f", {flops / dense / 1e9:.0f} TFLOP/s"
         o, lse = attention(q, k, v)
         ours = milliseconds(lambda: attention_with_column_mass(q, k, v, lse))
-        mass = attention_with_column_mass(q, k, v, lse)[2]
         row(f"attention with column mass ({case})", shape, dense, backend, ours, f"{ours / dense:.2f}x its time", "1x", flops)
+        ours = milliseconds(lambda: attention_triton(q, k, v))
+        row("*limit: dense attention in Triton, no mass*", shape, dense, backend, ours, f"{ours / dense:.2f}x its time", "1x", flops)
+        mass = attention_with_column_mass(q, k, v, lse)[2]
         ours = milliseconds(lambda: choose_columns(mass, keep, 0.01, None, 1))
         row("choose columns, and 1 % at random", shape, dense, backend, ours, f"{ours / dense:.1%} of its time", "-", 0)
-        columns, counts = choose_columns(mass, keep, 0.0, None, 1)
+        for kept in (keep, 2 * keep, 3 * keep) if n < 10_000 else (keep,):
+            columns, counts = choose_columns(mass, kept, 0.0, None, 1)
+            ours = milliseconds(lambda: add_columns(q, k, v, columns, counts, o, None))
+            name = "column-sparse attention" if kept == keep else "*limit: with longer lists*"
+            row(f"{name}, {kept:.1%} kept", shape, dense, backend, ours, f"**{dense / ours:.2f}x**", f"{1 / kept:.1f}x", kept * flops)
+            if kept == keep and n < 10_000:
+                flex = flex_ms(q, k, v, columns, counts)
+                row("the same, dense: flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-", keep * flops)
         del mass
-        ours = milliseconds(lambda: add_columns(q, k, v, columns, counts, o, None))
-        row(f"column-sparse attention, {keep:.1%} kept", shape, dense, backend, ours, f"**{dense / ours:.2f}x**", f"{1 / keep:.1f}x", keep * flops)
-        if n < 10_000:
-            flex = flex_ms(q, k, v, columns, counts)
-            row("the same, dense: flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-", keep * flops)
 
     rows, dim, hidden, keep = 4_352, 3_072, 12_288, 0.30
     x = torch.randn(1, rows, dim, device="cuda", dtype=torch.bfloat16)
@@ -368,9 +372,14 @@ def kernels(args):
     dense, label = min((milliseconds(lambda: mlp(x)), "eager"), (milliseconds(lambda: compiled(x)), "compiled"))
     out, flops = mlp(x), 4 * rows * dim * hidden
     columns, counts = (c[:, 0] for c in choose_columns(torch.rand(1, 1, -(-rows // GROUP), hidden, device="cuda"), keep, 0.0, None, 1))
+    shape, label = f"{rows} x {dim} -> {hidden} -> {dim}", f"{label}, {flops / dense / 1e9:.0f} TFLOP/s"
     ours = milliseconds(lambda: sparse_mlp_fc2(sparse_mlp_fc1(x, w1, b1, columns, counts, act), w2t, columns, counts, out))
-    row(f"sparse MLP, {keep:.0%} kept, cache update included", f"{rows} x {dim} -> {hidden} -> {dim}", dense,
-        f"{label}, {flops / dense / 1e9:.0f} TFLOP/s", ours, f"**{dense / ours:.2f}x**", f"{1 / keep:.1f}x", keep * flops)
+    row(f"sparse MLP, {keep:.0%} kept, cache update included", shape, dense, label, ours, f"**{dense / ours:.2f}x**", f"{1 / keep:.1f}x", keep * flops)
+    delta = sparse_mlp_fc1(x, w1, b1, columns, counts, act)
+    for name, run in (("fc1", lambda: sparse_mlp_fc1(x, w1, b1, columns, counts, act)),
+                      ("fc2", lambda: sparse_mlp_fc2(delta, w2t, columns, counts, out))):
+        ours = milliseconds(run)
+        row(f"*limit: its {name} alone*", shape, dense, label, ours, f"{ours / dense:.2f}x its time", f"{keep / 2:.2f}x", keep * flops / 2)
     print(f"\n({torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, random data, "
           "medians of CUDA graph replays)")
 

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from cache import SKIP_PRESETS, fit_steps, make_plan, skip_preset
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Tensors that some exports carry twice or that are no weights; every other name must be the model's.
 IGNORED = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}
-VIDEO_SUFFIXES = (".mp4", ".webp", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".webp", ".gif", ".png")
 
 # ---------------------------------------------------------------------------------------------------------
 # errors
@@ -129,7 +129,7 @@ def make_parser(doc, configs, video=False):
     add("--steps", type=number(int, 1, 1000), help="denoising steps (default: the model's)")
     add("--guidance", type=number(float, 0, 100), help="how strictly to follow the prompt (default: the model's)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same machine: same file (default: 0)")
-    kinds = f" ({', '.join(VIDEO_SUFFIXES)})" if video else ""
+    kinds = f" ({', '.join(VIDEO_SUFFIXES)}: every fourth frame)" if video else ""
     add("--out", type=Path, help=f"file to write{kinds}, replaced if it is there (default: a new name in this folder)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="default: bfloat16; float32 for tiny on a CPU")
@@ -410,10 +410,10 @@ def write_png(file, picture, texts):
 
 
 def write_video(file, frames, fps, texts):
-    """Write frames (T, 3, H, W), or one (3, H, W) at a time, values in -1..1, as .mp4, .webp or .gif (or a single one as
-    .png), with texts {key: str} in its metadata; whole or not at all. H and W are even."""
+    """Write frames (T, 3, H, W), or one (3, H, W) at a time, values in -1..1, as .mp4, .webp or .gif, or every
+    fourth side by side as .png, with texts {key: str} in its metadata; whole or not at all. H and W are even."""
     if file.suffix.lower() == ".png":
-        return write_png(file, next(iter(frames)), texts)
+        return write_png(file, torch.cat(list(islice(frames, 0, None, 4)), dim=2), texts)        # (3, H, W times frames)
     pixels = (to_bytes(frame) for frame in frames)
     with whole_file(file) as temporary:
         if file.suffix.lower() == ".mp4":

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from cache import Sparsity, chipmunk_attention, chipmunk_mlp, make_state
+from cache import EARLY_STEPS, Sparsity, chipmunk_attention, chipmunk_mlp, make_state
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -84,8 +84,8 @@ class Config:
 
 # Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps change
 # fastest, so ours measures early; the README's table says what that, the delta and the skipped steps do to the picture.
-FLUX_SPARSITY = Sparsity(attn_keys=0.165, attn_random=0.0, mlp_keys=0.30, mlp_random=0.05, delta="paper",
-                         measure=(1, 2, 4, 7, 12, 20, 30, 40), skip="alternate")
+FLUX_SPARSITY = Sparsity(attn_keys=0.165, attn_random=0.0, mlp_keys=0.30, mlp_random=0.05, delta="mass",
+                         measure=EARLY_STEPS, skip="alternate")
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
               "t5": ("text_encoder_2/model-00001-of-00002.safetensors", "text_encoder_2/model-00002-of-00002.safetensors")}

@@ -1145,7 +1145,8 @@ def test_scenes_and_what_is_seen_in_them():
         things, asked, related, relations, background = bench.check(scene, picture, masks)
         assert things == asked and related == relations and background
         assert not any(train_tiny.held_out(*c) for c in train_tiny.combinations(scene.things, scene.relation))
-    wrong = [replace(s, things=(replace(s.things[0], colour="red" if s.things[0].colour != "red" else "blue"),)) for s in scenes]
+    wrong = [replace(s, things=(replace(s.things[0], colour="red" if s.things[0].colour != "red" else "blue"),), relation="")
+             for s in scenes]
     assert sum(bench.check(s, p, masks)[0] for s, p in zip(wrong, train_tiny.draw(scenes, 512))) <= 2    # another thing may be it
     flipped = [replace(s, relation=train_tiny.OPPOSITE[s.relation]) for s in scenes if s.relation]
     pictures = train_tiny.draw([s for s in scenes if s.relation], 512)
@@ -1632,6 +1633,10 @@ def test_videos_are_written_whole_and_can_be_read(tmp_path):
         picture.seek(5)
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
         assert common.psnr(pixels, frames[5]) > psnr
+    common.write_video(tmp_path / "a.png", iter(frames), 8, texts)                              # a strip of frames 0, 4 and 8
+    strip = Image.open(tmp_path / "a.png")
+    assert strip.size == (3 * 96, 64) and strip.text == texts
+    assert torch.equal(torch.from_numpy(np.array(strip))[:, 96:192], torch.from_numpy(common.to_bytes(frames[4])))
 
     def broken():
         yield frames[0]
@@ -1704,7 +1709,7 @@ def test_wan_compares_and_writes_pictures(monkeypatch, tmp_path, capsys, wan_fol
 
 @pytest.mark.parametrize("words, says", [
     (("--frames", 16), "4 n + 1, like 13 or 17"), (("--frames", 0), "whole number"), (("--frames", "x"), "whole number"), (("--fps", 0), "whole number from 1"),
-    (("--out", "a.png"), "must end in .mp4 or .webp or .gif"), (("--frames", 1, "--out", "a.mp4"), "must end in .png"), (("--model", "2b"), "invalid choice"),
+    (("--out", "a.jpg"), "must end in .mp4 or .webp or .gif or .png"), (("--frames", 1, "--out", "a.mp4"), "must end in .png"), (("--model", "2b"), "invalid choice"),
     (("--weights", "nowhere"), "no folder nowhere"), (("--weights", "."), "has no "), (("--negative-prompt", "caf\udce9"), "no valid UTF-8"),
     (("--width", 2048, "--height", 2048, "--frames", 1001), "but this needs"), (("--prompt", " "), "no prompt"), (("--dense", "--compare"), "exclude"), (("--mlp-keys", "0.3"), "unrecognized"), (("--skip-steps", "0"), "step 0 cannot"),
 ])
@@ -2040,7 +2045,7 @@ def test_hunyuan_command_line(monkeypatch, tmp_path, capsys, hunyuan_weights):
 
 @pytest.mark.parametrize("words, says", [
     (("--frames", 16), "4 n + 1"), (("--frames", 0), "whole number from 1"), (("--fps", 0), "whole number from 1"), (("--width", 10**9), "to 2048"),
-    (("--model", "1080p"), "invalid choice"), (("--out", "a.png"), "must end in"), (("--frames", 1, "--out", "a.mp4"), "must end in .png"),
+    (("--model", "1080p"), "invalid choice"), (("--out", "a.jpg"), "must end in"), (("--frames", 1, "--out", "a.mp4"), "must end in .png"),
     (("--prompt", " "), "no prompt"), (("--dense", "--compare"), "exclude"), (("--weights", "nowhere"), "no folder nowhere"), (("--weights", "."), "has no "),
     (("--mlp-keys", 0.3), "unrecognized"), (("--skip-steps", "0,3"), "step 0 cannot be skipped"),
 ])
@@ -2064,7 +2069,7 @@ def test_hunyuan_adjusted_words_and_foreign_weights(monkeypatch, tmp_path, capsy
         assert call_hunyuan(monkeypatch, *SHORT, "--weights", hunyuan_weights, "--out", tmp_path / "b.mp4") not in (0, None)
     finally:
         save_file(tensors, file)
-    assert "quant_conv.bias is [3], not [16]" in capsys.readouterr().err and not (tmp_path / "b.mp4").exists()
+    assert "quant_conv.bias is [3], not [32]" in capsys.readouterr().err and not (tmp_path / "b.mp4").exists()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -100,15 +100,15 @@ def place(rng, count, relation):
         radii = [rng.uniform(*SIZES[size]) for size in sizes]
         spots = [(rng.uniform(r + 0.02, 0.98 - r), rng.uniform(r + 0.02, 0.98 - r)) for r in radii]
         clear = all(math.dist(spots[i], spots[j]) > radii[i] + radii[j] + 0.03 for i in range(count) for j in range(i))
-        if clear and (not relation or holds(relation, *spots[:2])):
+        if clear and (not relation or holds(relation, *spots[:2], 1.5)):         # more clearly than the score asks
             return [(size, *spot, r) for size, spot, r in zip(sizes, spots, radii)]
 
 
-def holds(relation, a, b):
-    """Is the thing centred at a (x, y) in `relation` to the one at b, beyond doubt?"""
+def holds(relation, a, b, margin=1.0):
+    """Is the thing centred at a (x, y) in `relation` to the one at b, beyond doubt: `margin` times as far that way as sideways?"""
     dx, dy = b[0] - a[0], b[1] - a[1]
-    along = {"above": dy, "below": -dy, "left of": dx, "right of": -dx}[relation]
-    return along > 0.1 and along >= max(abs(dx), abs(dy))
+    along, across = {"above": (dy, dx), "below": (-dy, dx), "left of": (dx, dy), "right of": (-dx, dy)}[relation]
+    return along > 0.1 and along >= margin * abs(across)
 
 
 def make_scene(rng, train=True, plain=False):
@@ -384,7 +384,7 @@ RECIPES = {
         autoencoder="autoencoder", painters=("flux", "t5", "clip"), zero=r"\.lin\.|final_layer",
         stages=(Stage("autoencoder", 256, 100_000, 32, 2_500, (1e-3, 1e-5)),
                 Stage("flow 128", 128, 100_000, 512, 4_220, (1e-3, 1e-3)),
-                Stage("flow 256", 256, 40_000, 512, 3_220, (1e-3, 1e-3)),
+                Stage("flow 256", 256, 60_000, 512, 5_000, (1e-3, 1e-3)),
                 Stage("flow 512", 512, 16_000, 256, 1_560, (1e-3, 1e-4)),
                 Stage("guided 512", 512, 16_000, 256, 360, (3e-4, 0.0), ema=0.99, guidance=5.0)),
         make_scene=make_scene, make_reader=flux_reader, velocity=flux_velocity,
@@ -393,21 +393,21 @@ RECIPES = {
     "wan": Recipe(
         program=wan_chipmunk, files=wan_chipmunk.FILES,
         autoencoder="vae", painters=("wan", "umt5"), zero=r"time_proj|scale_shift_table|attn2\.to_out|^proj_out",
-        stages=(Stage("autoencoder 1", 128, 40_000, 64, 2_000, (4e-4, 4e-4), frames=1),
-                Stage("autoencoder 17", 128, 40_000, 8, 2_000, (4e-4, 1e-5), frames=17),
-                Stage("flow 128", 128, 12_000, 512, 4_000, (1e-3, 1e-3), frames=17),
-                Stage("flow 256", 256, 4_000, 256, 1_500, (1e-3, 1e-5), frames=17)),
+        stages=(Stage("autoencoder 1", 128, 40_000, 16, 1_000, (6e-4, 6e-4), frames=1),
+                Stage("autoencoder 17", 128, 40_000, 4, 5_200, (6e-4, 1e-5), frames=17),
+                Stage("flow 128", 128, 20_000, 384, 5_000, (1e-3, 1e-3), frames=17),
+                Stage("flow 256", 256, 16_000, 128, 4_400, (1e-3, 1e-5), frames=17)),
         make_scene=make_moving_scene, make_reader=wan_reader, velocity=wan_velocity,
         encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos, {})),
         make_layout=lambda config, grid, device: wan_chipmunk.make_layout(config.wan, grid, config.window, device)),
     "hunyuan": Recipe(
         program=hunyuan_chipmunk, files=hunyuan_chipmunk.FILES,
         autoencoder="vae", painters=("hunyuan", "llama", "clip"), zero=r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear|^proj_out",
-        stages=(Stage("autoencoder 1", 128, 40_000, 64, 2_000, (4e-4, 4e-4), frames=1),
-                Stage("autoencoder 17", 128, 40_000, 8, 2_000, (4e-4, 1e-5), frames=17),
-                Stage("flow 128", 128, 12_000, 512, 4_000, (1e-3, 1e-3), frames=17),
-                Stage("flow 256", 256, 4_000, 256, 1_500, (1e-3, 1e-4), frames=17),
-                Stage("guided 256", 256, 4_000, 256, 400, (3e-4, 0.0), ema=0.995, frames=17, guidance=7.0)),
+        stages=(Stage("autoencoder 1", 128, 40_000, 16, 1_000, (6e-4, 6e-4), frames=1),
+                Stage("autoencoder 17", 128, 40_000, 4, 8_000, (6e-4, 1e-5), frames=17),
+                Stage("flow 128", 128, 20_000, 384, 5_000, (1e-3, 1e-3), frames=17),
+                Stage("flow 256", 256, 16_000, 128, 4_400, (1e-3, 1e-4), frames=17),
+                Stage("guided 256", 256, 16_000, 128, 400, (3e-4, 0.0), ema=0.995, frames=17, guidance=7.0)),
         make_scene=make_moving_scene, make_reader=hunyuan_reader, velocity=hunyuan_velocity,
         encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos)),
         make_layout=lambda config, grid, device: hunyuan_chipmunk.make_layout(config.hunyuan, grid, HUNYUAN_TEXT, device))}
@@ -416,12 +416,24 @@ RECIPES = {
 # training
 
 
+def make_optimizers(model):
+    """Muon for the matrices inside the blocks of a transformer, which it teaches faster; AdamW for everything else."""
+    matrices = [p for name, p in model.named_parameters()
+                if p.dim() == 2 and re.search(r"(blocks?|layers)\.\d+\.", name) and "relative_attention_bias" not in name]
+    ids = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 def run_stage(stage, model, loss, folder, device):
     """Train `model` to lower loss(step's generator); leaves the averaged (EMA) weights in it.
     Writes a checkpoint every minute, goes on from one that is there, and returns the seconds spent."""
     file = folder / f"{stage.name.replace(' ', '-')}.pt"
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr[0], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizers = make_optimizers(model)
     first, spent = 0, 0.0
     if file.exists():
         saved = torch.load(file, map_location=device, weights_only=True)
@@ -431,19 +443,21 @@ def run_stage(stage, model, loss, folder, device):
         ema.load_state_dict(saved["ema"])
         model.load_state_dict(saved["model"])
         if first < stage.steps:
-            optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
     start = written = time.monotonic()
     bar = tqdm(range(first, stage.steps), stage.name, initial=first, total=stage.steps, mininterval=2)
     for step in bar:
         done = step / stage.steps
         rate = ((1 - done) * stage.lr[0] + done * stage.lr[1]) * min(1.0, (step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer, factor in zip(optimizers, (1, 3)):            # Muon's rate is three times AdamW's
+            optimizer.param_groups[0]["lr"] = factor * rate
         value = loss(torch.Generator(device).manual_seed(step))
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         decay = min(stage.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         if step % 50 == 0:
@@ -452,7 +466,7 @@ def run_stage(stage, model, loss, folder, device):
             written = time.monotonic()
             seconds = spent + written - start
             torch.save({"stage": repr(stage), "step": step + 1, "seconds": seconds, "model": model.state_dict(), "ema": ema.state_dict(),
-                        "optimizer": optimizer.state_dict()}, file.with_suffix(".tmp"))
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
     model.load_state_dict(ema.state_dict())
     return spent + time.monotonic() - start
@@ -511,7 +525,7 @@ def autoencoder_loss(recipe, autoencoder, scenes, stage, device):
         side = rng.choice((1.0, 0.5))                                # half the batches look at pictures of twice the size
         window = (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side)
         pictures = show(rng.sample(scenes, stage.batch), stage, device, window)
-        for _ in range(2 if stage.frames else 0):                    # videos show one thing: three on top of each other teach more
+        for _ in range(3 if stage.frames else 0):                    # videos show one thing: four on top of each other teach more
             pictures = draw_videos(rng.sample(scenes, stage.batch), stage.size, stage.frames, device, window, pictures)
         *time, h, w = stage.grid
         noise = torch.randn(stage.batch, autoencoder.config.z, *time, 2 * h, 2 * w, generator=generator, device=device)

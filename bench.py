@@ -3,6 +3,7 @@
     python bench.py score                  does FLUX.1's picture say what the prompt says, dense against Chipmunk
     python bench.py score --model wan      the same for videos: wan or hunyuan
     python bench.py score --preset         dense and the model's own preset only, sooner; --captions 40 is sooner, too
+    python bench.py speed                  how long the steps of FLUX.1-dev take, dense against Chipmunk (on a GPU); --model likewise
     python bench.py kernels                how fast the kernels are on this GPU, against the framework's fastest dense ones
 
 score draws captions whose combination of colour, shape and relation was held out of training, and looks for every
@@ -13,8 +14,11 @@ where it stands, how large it is and how it is turned, in every second frame, te
 import argparse
 import math
 import random
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -182,25 +186,56 @@ def check_videos(scenes, videos, templates):
     return results
 
 # ---------------------------------------------------------------------------------------------------------
+# sampling: noise and texts of a batch -> latents; dense where sparsity is None
+
+
+def sample_flux(flux, noise, text, pooled, config, sparsity, seed, progress=iter):
+    """noise (B, z, 2h, 2w) -> latents, likewise."""
+    h, w = (side // 2 for side in noise.shape[-2:])
+    layout = flux_chipmunk.make_layout(config.flux, h, w, text.shape[1], noise.device)
+    sigmas = flux_chipmunk.make_sigmas(config.steps, h * w, config.shift)
+    plan = sparsity and make_plan(config.steps, sparsity)
+    state = sparsity and make_state(len(flux.double_blocks) + len(flux.single_blocks), sparsity, layout.static, seed)
+    x = flux_chipmunk.patchify(noise)                                # (B, h w, 4 z)
+    x = flux_chipmunk.sample(flux, x, text, pooled, config.guidance, sigmas, layout, plan, state, progress)
+    return flux_chipmunk.unpatchify(x, h, w)
+
+
+def sample_wan(wan, noise, texts, config, sparsity, seed, progress=iter):
+    """noise (B, z, t, 2h, 2w), texts of the prompts and of the negative prompt -> latents, shaped as the noise."""
+    t, h, w = noise.shape[2:]
+    layout = wan_chipmunk.make_layout(config.wan, (t, h // 2, w // 2), config.window, noise.device)
+    schedule = wan_chipmunk.make_schedule(config.steps, config.shift)
+    plan = sparsity and make_plan(config.steps, sparsity)
+    states = sparsity and [make_state(len(wan.blocks), sparsity, layout.static, seed) for _ in texts]
+    return wan_chipmunk.sample(wan, noise, texts, config.guidance, schedule, layout, plan, states, progress)
+
+
+def sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, seed, progress=iter):
+    """noise (B, z, t, 2h, 2w), text without padding -> latents, shaped as the noise."""
+    t, h, w = noise.shape[2:]
+    layout = hunyuan_chipmunk.make_layout(config.hunyuan, (t, h // 2, w // 2), text.shape[1], noise.device)
+    sigmas = hunyuan_chipmunk.make_sigmas(config.steps, config.shift)
+    plan = sparsity and make_plan(config.steps, sparsity)
+    layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
+    state = sparsity and make_state(layers, sparsity, layout.static, seed)
+    return hunyuan_chipmunk.sample(hunyuan, noise, text, pooled, config.guidance, sigmas, layout, plan, state, progress)
+
+# ---------------------------------------------------------------------------------------------------------
 # score: three ways to draw, each -> batches of caption numbers, and generate(batch, sparsity) -> pictures (B, 3, H, W) or
-# videos (B, 3, T, H, W) in -1..1; dense where sparsity is None
+# videos (B, 3, T, H, W) in -1..1
 
 
 def draw_with_flux(captions, config, folder, device):
     texts, pooleds = flux_chipmunk.encode_prompts(captions, config, folder, device, torch.float32)
-    flux = flux_chipmunk.load_part("flux", config, folder, device, torch.float32)
+    flux, autoencoder = (flux_chipmunk.load_part(part, config, folder, device, torch.float32) for part in ("flux", "autoencoder"))
     flux.lay_out_for_deltas()
-    autoencoder, size = flux_chipmunk.load_part("autoencoder", config, folder, device, torch.float32), config.size // 16
-    layout = flux_chipmunk.make_layout(config.flux, size, size, config.text_length, device)
-    sigmas = flux_chipmunk.make_sigmas(config.steps, size * size, config.shift)
+    side = config.size // 16
 
     def generate(batch, sparsity):
-        noise = torch.cat([flux_chipmunk.make_noise(config.autoencoder.z, size, size, i) for i in batch.tolist()])   # (B, z, 2 size, 2 size)
-        noise = flux_chipmunk.patchify(noise.to(device, torch.float32))
-        plan = sparsity and make_plan(config.steps, sparsity)
-        state = sparsity and make_state(len(flux.double_blocks) + len(flux.single_blocks), sparsity, layout.static, int(batch[0]))
-        x = flux_chipmunk.sample(flux, noise, texts[batch], pooleds[batch], config.guidance, sigmas, layout, plan, state)
-        return autoencoder.decode(flux_chipmunk.unpatchify(x, size, size)).clamp(-1, 1)
+        noise = torch.cat([flux_chipmunk.make_noise(config.autoencoder.z, side, side, i) for i in batch.tolist()])
+        x = sample_flux(flux, noise.to(device).float(), texts[batch], pooleds[batch], config, sparsity, int(batch[0]))
+        return autoencoder.decode(x).clamp(-1, 1)
     return torch.arange(len(captions)).split(BATCH), generate
 
 
@@ -208,16 +243,12 @@ def draw_with_wan(captions, config, folder, device):
     *texts, negative = wan_chipmunk.encode_prompts([*captions, config.negative_prompt], config, folder, device, torch.float32)
     texts = torch.stack(texts)                                       # (captions, L, text_dim)
     wan, vae = (wan_chipmunk.load_part(part, config, folder, device, torch.float32) for part in ("wan", "vae"))
-    t, h, w = grid = config.frames // 4 + 1, config.height // 16, config.width // 16             # in tokens
-    layout = wan_chipmunk.make_layout(config.wan, grid, config.window, device)
-    schedule = wan_chipmunk.make_schedule(config.steps, config.shift)
+    shape = config.frames // 4 + 1, config.height // 8, config.width // 8
 
     def generate(batch, sparsity):
-        noise = torch.cat([wan_chipmunk.make_noise(config.wan.channels, t, 2 * h, 2 * w, i) for i in batch.tolist()])
-        plan = sparsity and make_plan(config.steps, sparsity)
-        states = sparsity and [make_state(config.wan.layers, sparsity, layout.static, int(batch[0])) for _ in range(2)]
+        noise = torch.cat([wan_chipmunk.make_noise(config.wan.channels, *shape, i) for i in batch.tolist()])
         both = texts[batch], negative.expand(len(batch), -1, -1)
-        x = wan_chipmunk.sample(wan, noise.to(device), both, config.guidance, schedule, layout, plan, states)    # (B, z, t, 2h, 2w)
+        x = sample_wan(wan, noise.to(device), both, config, sparsity, int(batch[0]))
         return torch.cat([vae.decode(latents) for latents in x.split(1)]).clamp(-1, 1)
     return torch.arange(len(captions)).split(BATCH), generate
 
@@ -226,17 +257,12 @@ def draw_with_hunyuan(captions, config, folder, device):
     texts, mask, pooleds = hunyuan_chipmunk.encode_prompts(captions, config, folder, device, torch.float32)
     hunyuan, vae = (hunyuan_chipmunk.load_part(part, config, folder, device, torch.float32) for part in ("hunyuan", "vae"))
     grid = config.frames // 4 + 1, config.height // 16, config.width // 16       # (t, h, w) in tokens
-    sigmas = hunyuan_chipmunk.make_sigmas(config.steps, config.shift)
     lengths = mask.sum(1).cpu()                                      # a batch has captions of one length, so no padding
 
     def generate(batch, sparsity):
-        noise = torch.cat([hunyuan_chipmunk.make_noise(config.hunyuan.z, grid, i) for i in batch.tolist()]).to(device).float()
+        noise = torch.cat([hunyuan_chipmunk.make_noise(config.hunyuan.z, grid, i) for i in batch.tolist()])
         text = texts[batch, :lengths[batch[0]]]                      # (B, T, text_dim)
-        layout = hunyuan_chipmunk.make_layout(config.hunyuan, grid, text.shape[1], device)
-        plan = sparsity and make_plan(config.steps, sparsity)
-        layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
-        state = sparsity and make_state(layers, sparsity, layout.static, int(batch[0]))
-        x = hunyuan_chipmunk.sample(hunyuan, noise, text, pooleds[batch], config.guidance, sigmas, layout, plan, state)
+        x = sample_hunyuan(hunyuan, noise.to(device).float(), text, pooleds[batch], config, sparsity, int(batch[0]))
         return torch.cat([vae.decode(latents) for latents in x.split(1)]).clamp(-1, 1)
     return [b for n in lengths.unique() for b in (lengths == n).nonzero()[:, 0].split(BATCH)], generate
 
@@ -281,8 +307,111 @@ def score(args):
     for name, (things, asked, related, relations, background) in totals.items():
         quality = "- | -" if name == "dense" else "{:.2f} dB | {:.4f}".format(*(sum(q) / len(q) for q in zip(*likeness[name])))
         print(f"| {name} | {things / asked:.1%} | {related / max(1, relations):.1%} | {background / args.captions:.1%} | {quality} |")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"\n{where}, torch {torch.__version__}, float32")
+    print(f"\n({where(device)}, float32)")
+
+
+def where(device):
+    """What a table was measured on."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return f"{name}, torch {torch.__version__}"
+
+# ---------------------------------------------------------------------------------------------------------
+# speed: the real models' transformers, of random weights, which take as long as trained ones
+
+
+def with_random_weights(make_model, device, float32=()):
+    """A model as common.load_weights makes it, in bfloat16, but without files."""
+    common.check_memory(make_model, torch.bfloat16, device)
+    with torch.device("meta"):
+        model = make_model()
+    for name, p in list(model.named_parameters()):
+        parent, _, leaf = name.rpartition(".")
+        weight = torch.full(p.shape, float(leaf != "bias"), device=device,                       # norms are 1, biases 0
+                            dtype=torch.float32 if any(part in name for part in float32) else torch.bfloat16)
+        if p.ndim > 1:
+            weight.normal_(std=p[0].numel()**-0.5)
+        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(weight, requires_grad=False))
+    return model.eval()
+
+
+def random_flux(config, device):
+    """-> a model, and sample(sparsity, progress)"""
+    flux = with_random_weights(flux_chipmunk.parts(config)["flux"], device)
+    flux.lay_out_for_deltas()
+    noise, text, pooled = (torch.randn(1, *shape, device=device, dtype=torch.bfloat16) for shape in (
+        (config.autoencoder.z, config.size // 8, config.size // 8), (config.text_length, config.flux.text_dim), (config.flux.pooled_dim,)))
+    return flux, lambda sparsity, progress: sample_flux(flux, noise, text, pooled, config, sparsity, 0, progress)
+
+
+def random_wan(config, device):
+    wan = with_random_weights(wan_chipmunk.parts(config)["wan"], device, wan_chipmunk.Wan.FLOAT32)
+    noise = torch.randn(1, config.wan.channels, config.frames // 4 + 1, config.height // 8, config.width // 8, device=device)
+    texts = torch.randn(2, 1, config.text_length, config.wan.text_dim, device=device, dtype=torch.bfloat16)
+    return wan, lambda sparsity, progress: sample_wan(wan, noise, texts, config, sparsity, 0, progress)
+
+
+def random_hunyuan(config, device):
+    hunyuan = with_random_weights(hunyuan_chipmunk.parts(config)["hunyuan"], device)
+    noise = torch.randn(1, config.hunyuan.z, config.frames // 4 + 1, config.height // 8, config.width // 8, device=device)
+    text, pooled = (torch.randn(1, *shape, device=device, dtype=torch.bfloat16) for shape in (
+        (config.text_length, config.hunyuan.text_dim), (config.hunyuan.pooled_dim,)))
+    return hunyuan, lambda sparsity, progress: sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, 0, progress)
+
+
+def step_seconds(sample, sparsity, steps):
+    """How long each of the first steps of a run takes, all kernels being compiled. -> [seconds]"""
+    for _ in range(2):
+        seconds = []
+
+        def progress(planned):
+            for step in planned[:steps]:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                yield step
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+        sample(sparsity, progress)
+    return seconds
+
+
+def speed(args):
+    device = common.pick_device(args.device)
+    if device.type != "cuda":
+        raise common.Fail("python bench.py speed needs a GPU: the real models take hours on a CPU")
+    program, name = {"flux": (flux_chipmunk, "dev"), "wan": (wan_chipmunk, "1.3b"), "hunyuan": (hunyuan_chipmunk, "720p")}[args.model]
+    config = program.CONFIGS[name]
+    if args.model == "hunyuan":
+        config = replace(config, frames=33)                          # the caches of 129 frames are larger than most GPUs
+    speed_table(args.model, name, config, device)
+
+
+@torch.no_grad()
+def speed_table(stem, name, config, device):
+    model, sample = {"flux": random_flux, "wan": random_wan, "hunyuan": random_hunyuan}[stem](config, device)
+    sparsity = fit_steps(config.sparsity, config.steps, config.steps)
+    plan = make_plan(config.steps, sparsity)
+    kinds = [(step.attn, step.mlp) for step in plan]
+    first = {kind: kinds.index(kind) for kind in kinds}              # one step more than it takes to see each kind of step
+    dense, ours = [], []
+    for compiled in False, True:
+        if compiled:
+            for path, module in model.named_modules():
+                if re.search(r"blocks\.\d+$", path):
+                    module.compile()
+        dense.append(median(step_seconds(sample, None, 4)))
+        taken = list(zip(kinds, step_seconds(sample, sparsity, max(first.values()) + 2)))
+        ours.append({kind: median([s for k, s in taken if k == kind]) for kind in first})
+    size = f"{config.width}x{config.height}" + (f"x{config.frames}" if stem != "flux" else "")
+    print(f"| {stem} {name}, {size}, a step | of {config.steps} | eager | compiled |\n| --- | --- | --- | --- |")
+    print(f"| of the dense model | {config.steps} | " + " | ".join(f"{s:.3f} s" for s in dense) + " |")
+    for kind in first:
+        print(f"| {kind[0] if stem != 'flux' else f'{kind[0]}, MLP {kind[1]}'} | {kinds.count(kind)} | " + " | ".join(f"{seconds[kind]:.3f} s" for seconds in ours) + " |")
+    totals = [sum(seconds[kind] for kind in kinds) for seconds in ours]
+    print(f"| **all {config.steps}, dense** | | " + " | ".join(f"{config.steps * s:.1f} s" for s in dense) + " |")
+    print(f"| **all {config.steps}, Chipmunk** | | " + " | ".join(f"{t:.1f} s, **{config.steps * s / t:.2f}x**" for s, t in zip(dense, totals)) + " |")
+    print(f"\n({where(device)}, bfloat16, random weights)")
 
 # ---------------------------------------------------------------------------------------------------------
 # kernels
@@ -323,7 +452,7 @@ def flex_ms(q, k, v, columns, counts):
     return milliseconds(lambda: attend(q, k, v, block_mask=blocks))
 
 
-ATTENTION_CASES = (("FLUX.1-dev, 1024x1024", 24, 4_352, 0.165), ("one group less: three full waves", 24, 4_224, 0.165), ("HunyuanVideo, 720x1280x129", 24, 119_056, 0.07),
+ATTENTION_CASES = (("FLUX.1-dev, 1024x1024", 24, 4_352, 0.165), ("HunyuanVideo, 720x1280x129", 24, 119_056, 0.07),
                    ("Wan2.1 14B, 720x1280x81", 40, 75_600, 0.10))
 
 
@@ -350,14 +479,14 @@ def kernels(args):
         mass = attention_with_column_mass(q, k, v, lse)[2]
         ours = milliseconds(lambda: choose_columns(mass, keep, 0.01, None, 1))
         row("choose columns, and 1 % at random", shape, dense, backend, ours, f"{ours / dense:.1%} of its time", "-", 0)
-        for kept in (keep, 2 * keep, 3 * keep) if n < 10_000 else (keep,):
-            columns, counts = choose_columns(mass, kept, 0.0, None, 1)
-            ours = milliseconds(lambda: add_columns(q, k, v, columns, counts, o, None))
-            name = "column-sparse attention" if kept == keep else "*limit: with longer lists*"
-            row(f"{name}, {kept:.1%} kept", shape, dense, backend, ours, f"**{dense / ours:.2f}x**", f"{1 / kept:.1f}x", kept * flops)
-            if kept == keep and n < 10_000:
-                flex = flex_ms(q, k, v, columns, counts)
-                row("the same, dense: flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-", keep * flops)
+        columns, counts = choose_columns(mass, keep, 0.0, None, 1)
+        ours = milliseconds(lambda: add_columns(q, k, v, columns, counts, o, lse))
+        row(f"column-sparse attention, {keep:.1%} kept", shape, dense, backend, ours, f"**{dense / ours:.2f}x**", f"{1 / keep:.1f}x", keep * flops)
+        if n < 10_000:
+            flex = flex_ms(q, k, v, columns, counts)
+            row("the same, dense: flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-", keep * flops)
+            ours = milliseconds(lambda: add_columns(q, k, v, columns, torch.zeros_like(counts), o, lse))
+            row("*limit: with empty lists, cache in and out only*", shape, dense, backend, ours, f"{dense / ours:.2f}x", "-", 0)
         del mass
 
     rows, dim, hidden, keep = 4_352, 3_072, 12_288, 0.30
@@ -386,13 +515,13 @@ def kernels(args):
 
 def main():
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["score", "kernels"])
-    parser.add_argument("--model", choices=["flux", "wan", "hunyuan"], default="flux", help="of the score (default: flux)")
+    parser.add_argument("table", choices=["score", "speed", "kernels"])
+    parser.add_argument("--model", choices=["flux", "wan", "hunyuan"], default="flux", help="of the score and the speed (default: flux)")
     parser.add_argument("--captions", type=common.number(int, 1, 10_000), default=200)
     parser.add_argument("--preset", action="store_true", help="of the score: dense and the model's preset alone, which is sooner")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"score": score, "kernels": kernels}[args.table](args)
+    {"score": score, "speed": speed, "kernels": kernels}[args.table](args)
 
 
 if __name__ == "__main__":

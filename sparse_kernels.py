@@ -444,7 +444,7 @@ def choose_columns_triton(mass: Tensor, keep: float, random: float, static: Tens
     columns = torch.zeros(*mass.shape[:-1], K, dtype=torch.int32, device=mass.device)
     counts = torch.empty(mass.shape[:-1], dtype=torch.int32, device=mass.device)
     _choose_kernel[(counts.numel(),)](mass.contiguous().view(bits[mass.dtype]), always, columns, counts, stride, top, G, N, K,
-                                      BITS=8 * mass.itemsize, SAMPLE=2048, BLOCK=2048, num_warps=4)
+                                      BITS=8 * mass.itemsize, SAMPLE=1024, BLOCK=1024, num_warps=4)
     return columns, counts
 
 
@@ -466,9 +466,15 @@ def _column_sparse_kernel(q_ptr, k_ptr, v_ptr, columns_ptr, counts_ptr, base_ptr
     columns_ptr += group * K
     count = tl.load(counts_ptr + group)
 
-    acc = tl.zeros((BLOCK_M, D), tl.float32)
-    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    base_at = base_ptr + b * stride_bb + h * stride_bh + rows.to(tl.int64)[:, None] * stride_bn + d[None, :]
+    if EPILOGUE == "add" and base_lse_ptr is not None:                              # the softmax goes on where the rest's ended
+        acc = tl.load(base_at, mask=rows[:, None] < Nq, other=0.0).to(tl.float32)   # (rows, D)
+        m = tl.load(base_lse_ptr + head * Nq + rows, mask=rows < Nq, other=0.0) * LOG2E
+        l = tl.where(m > -float("inf"), 1.0, 0.0)                                   # (rows,)
+    else:
+        acc = tl.zeros((BLOCK_M, D), tl.float32)
+        m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        l = tl.zeros((BLOCK_M,), tl.float32)
     full = count // BLOCK_N * BLOCK_N
     index = tl.load(columns_ptr + lane, mask=lane < count, other=0)                 # (columns,)
     for start in range(0, full, BLOCK_N):
@@ -482,21 +488,16 @@ def _column_sparse_kernel(q_ptr, k_ptr, v_ptr, columns_ptr, counts_ptr, base_ptr
 
     o = acc / tl.where(l > 0, l, 1.0)[:, None]                                      # (rows, D); 0 in an empty list
     lse = m + tl.log2(tl.where(l > 0, l, 1.0))                                      # (rows,) in log2; -inf there
-    if EPILOGUE != "none":
-        base_at = base_ptr + b * stride_bb + h * stride_bh + rows.to(tl.int64)[:, None] * stride_bn + d[None, :]
+    if EPILOGUE == "split" or EPILOGUE == "add" and base_lse_ptr is None:
         base = tl.load(base_at, mask=rows[:, None] < Nq, other=0.0).to(tl.float32)  # (rows, D)
         if base_lse_ptr is None:
             o = base - o if EPILOGUE == "split" else base + o
         else:
             base_lse = tl.load(base_lse_ptr + head * Nq + rows, mask=rows < Nq, other=0.0) * LOG2E
-            if EPILOGUE == "split":
-                share = tl.exp2(lse - base_lse)
-                left = tl.where(1.0 - share > TINY_REST, 1.0 - share, 0.0)
-                o = (base - share[:, None] * o) / tl.where(left > 0, left, float("inf"))[:, None]
-                lse = base_lse + tl.log2(left)
-            else:
-                share = tl.where(l > 0, 1.0 / (1.0 + tl.exp2(base_lse - lse)), 0.0)
-                o = base + share[:, None] * (o - base)
+            share = tl.exp2(lse - base_lse)
+            left = tl.where(1.0 - share > TINY_REST, 1.0 - share, 0.0)
+            o = (base - share[:, None] * o) / tl.where(left > 0, left, float("inf"))[:, None]
+            lse = base_lse + tl.log2(left)
 
     o_at = o_ptr + (head * Nq + rows)[:, None] * D + d[None, :]
     tl.store(o_at, o.to(o_ptr.dtype.element_ty), mask=rows[:, None] < Nq)

@@ -2109,6 +2109,23 @@ def test_training_runs_resumes_and_writes_what_loads_and_can_be_scored(monkeypat
     assert "| Chipmunk, preset | " in capsys.readouterr().out.splitlines()[3]
 
 
+@pytest.mark.parametrize("model", ["flux", "wan", "hunyuan"])
+def test_steps_of_a_random_model_are_timed(monkeypatch, capsys, model):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    program = {"flux": flux_chipmunk, "wan": wan_chipmunk, "hunyuan": hunyuan_chipmunk}[model]
+    config = replace(program.CONFIGS["tiny"], steps=8, **{"size": 64} if model == "flux" else {"width": 64, "height": 64, "frames": 5})
+    plan = make_plan(8, fit_steps(config.sparsity, 8, 8))
+    bench.speed_table(model, "tiny", config, torch.device("cpu"))
+    title, _, dense, *kinds, all_dense, ours, _, _ = capsys.readouterr().out.splitlines()
+    assert title.startswith(f"| {model} tiny, 64x64") and dense.startswith("| of the dense model | 8 | 0.")
+    assert sum(int(row.split("|")[2]) for row in kinds) == 8 and len(kinds) == len({(step.attn, step.mlp) for step in plan})
+    assert all_dense.count(" s") == 2 and len(re.findall(r"\*\*\d+\.\d\dx\*\*", ours)) == 2
+    if DEVICE == "cpu":
+        monkeypatch.setattr(sys, "argv", ["bench.py", "speed"])
+        with pytest.raises(common.Fail, match="needs a GPU"):
+            bench.main()
+
+
 def test_moving_scenes_and_what_is_seen_in_them():
     rng, cpu = random.Random(6), torch.device("cpu")
     templates = bench.turned_shapes(cpu)

@@ -39,7 +39,7 @@ GRID = 256                     # pictures are looked at in this many cells a sid
 BATCH = 20                     # pictures or videos drawn at a time
 CELLS, CROP = 128, 48          # a video's frames are looked at in fewer cells, and its thing, scaled to one size, in these
 TURNS = 48                     # orientations that a shape is compared in
-SYMMETRY = {"square": 90, "triangle": 120, "star": 72, "diamond": 180, "heart": 360}             # degrees after which it looks the same
+SYMMETRY = {"square": 90, "triangle": 120, "star": 72, "diamond": 180}      # degrees after which it looks the same; others: 360
 
 # ---------------------------------------------------------------------------------------------------------
 # seeing
@@ -121,7 +121,7 @@ def turned_shapes(device):
 
 
 def centre_and_area(masks):
-    """Masks (..., CELLS, CELLS) of 0 and 1 -> centre x, y and area (...) each, as shares of the picture; NaN centres of nothing."""
+    """Masks (..., CELLS, CELLS) of 0 and 1 -> centre x, y and area (...) each, as shares of the picture; NaN centres where a mask is empty."""
     grid = (torch.arange(CELLS, device=masks.device) + 0.5) / CELLS
     area = masks.mean((-1, -2))
     return (masks.mean(-2) * grid).mean(-1) / area, (masks.mean(-1) * grid).mean(-1) / area, area
@@ -180,7 +180,7 @@ def check_videos(scenes, videos, templates):
         there = (best > 0.7) & (shape == SHAPES.index(asked.shape)) & (thing[b] == list(COLOURS).index(asked.colour))
         period = SYMMETRY.get(asked.shape, 360)
         angle = fits[:, SHAPES.index(asked.shape)].argmax(-1) * (360 / TURNS)                    # (T,)
-        turned = ((angle.diff() + period / 2) % period - period / 2).sum().item()                # no step is half a period
+        turned = ((angle.diff() + period / 2) % period - period / 2).sum().item()                # right while no step turns it by half a period
         moved = area[b].min() > 0.002 and moves(scene.motion, x[b], y[b], area[b], turned)
         results.append((there[[0, T // 2, -1]].sum().item(), 3, int(moved), 1, (background[b] == list(COLOURS).index(scene.background)).all().item()))
     return results
@@ -316,7 +316,7 @@ def where(device):
     return f"{name}, torch {torch.__version__}"
 
 # ---------------------------------------------------------------------------------------------------------
-# speed: the real models' transformers, of random weights, which take as long as trained ones
+# speed: the real models' transformers with random weights, which take about as long as trained ones
 
 
 def with_random_weights(make_model, device, float32=()):
@@ -359,19 +359,19 @@ def random_hunyuan(config, device):
 
 
 def step_seconds(sample, sparsity, steps):
-    """How long each of the first steps of a run takes, all kernels being compiled. -> [seconds]"""
+    """How long each of the first steps of a run takes, once a run before it has compiled all kernels. -> [seconds]"""
+    def now():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
     for _ in range(2):
         seconds = []
 
         def progress(planned):
             for step in planned[:steps]:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
+                start = now()
                 yield step
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
+                seconds.append(now() - start)
         sample(sparsity, progress)
     return seconds
 
@@ -393,7 +393,7 @@ def speed_table(stem, name, config, device):
     sparsity = fit_steps(config.sparsity, config.steps, config.steps)
     plan = make_plan(config.steps, sparsity)
     kinds = [(step.attn, step.mlp) for step in plan]
-    first = {kind: kinds.index(kind) for kind in kinds}              # one step more than it takes to see each kind of step
+    first = {kind: kinds.index(kind) for kind in kinds}
     dense, ours = [], []
     for compiled in False, True:
         if compiled:
@@ -401,7 +401,7 @@ def speed_table(stem, name, config, device):
                 if re.search(r"blocks\.\d+$", path):
                     module.compile()
         dense.append(median(step_seconds(sample, None, 4)))
-        taken = list(zip(kinds, step_seconds(sample, sparsity, max(first.values()) + 2)))
+        taken = list(zip(kinds, step_seconds(sample, sparsity, max(first.values()) + 2)))        # one step more than shows every kind
         ours.append({kind: median([s for k, s in taken if k == kind]) for kind in first})
     size = f"{config.width}x{config.height}" + (f"x{config.frames}" if stem != "flux" else "")
     print(f"| {stem} {name}, {size}, a step | of {config.steps} | eager | compiled |\n| --- | --- | --- | --- |")
@@ -432,7 +432,7 @@ def milliseconds(run):
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return sorted(times[1:])[len(times) // 2]
+    return median(times[1:])
 
 
 def fastest_attention(q, k, v):
@@ -452,7 +452,7 @@ def flex_ms(q, k, v, columns, counts):
     return milliseconds(lambda: attend(q, k, v, block_mask=blocks))
 
 
-ATTENTION_CASES = (("FLUX.1-dev, 1024x1024", 24, 4_352, 0.165), ("HunyuanVideo, 720x1280x129", 24, 119_056, 0.07),
+ATTENTION_CASES = (("FLUX.1-schnell, 1024x1024", 24, 4_352, 0.165), ("HunyuanVideo, 720x1280x129", 24, 119_056, 0.07),
                    ("Wan2.1 14B, 720x1280x81", 40, 75_600, 0.10))
 
 
@@ -484,7 +484,7 @@ def kernels(args):
         row(f"column-sparse attention, {keep:.1%} kept", shape, dense, backend, ours, f"**{dense / ours:.2f}x**", f"{1 / keep:.1f}x", keep * flops)
         if n < 10_000:
             flex = flex_ms(q, k, v, columns, counts)
-            row("the same, dense: flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-", keep * flops)
+            row("the same columns by flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-", keep * flops)
             ours = milliseconds(lambda: add_columns(q, k, v, columns, torch.zeros_like(counts), o, lse))
             row("*limit: with empty lists, cache in and out only*", shape, dense, backend, ours, f"{dense / ours:.2f}x", "-", 0)
         del mass
@@ -509,8 +509,7 @@ def kernels(args):
                       ("fc2", lambda: sparse_mlp_fc2(delta, w2t, columns, counts, out))):
         ours = milliseconds(run)
         row(f"*limit: its {name} alone*", shape, dense, label, ours, f"{ours / dense:.2f}x its time", f"{keep / 2:.2f}x", keep * flops / 2)
-    print(f"\n({torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bfloat16, random data, "
-          "medians of CUDA graph replays)")
+    print(f"\n({where(torch.device('cuda'))}, triton {triton.__version__}, bfloat16, random data, medians of CUDA graph replays)")
 
 
 def main():

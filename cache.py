@@ -55,7 +55,7 @@ class Step:
         return self.attn == "skip"
 
 
-def fit_steps(sparsity, steps, made_for=50):
+def fit_steps(sparsity, steps, made_for):
     """A preset, which lists steps of a run of `made_for` and may name the steps to skip, for a run of `steps`."""
     measure, skip = sparsity.measure, sparsity.skip
     if not isinstance(measure, int):
@@ -94,9 +94,10 @@ def make_plan(steps, sparsity):
 
 @dataclass
 class LayerState:
-    """What one layer remembers. Shapes: N columns, G groups, K capacity of a column list, F hidden width."""
+    """What one layer remembers. Shapes: N query rows and Nk columns of attention, M rows of the MLP, G groups of 128 rows,
+    K capacity of a column list, F hidden width."""
     sparsity: Sparsity
-    static: torch.Tensor             # (N,) or (G, N) bool: attention columns always kept
+    static: torch.Tensor             # (Nk,) or (G, Nk) bool: attention columns always kept
     static_most: int                 # of them, the most in any group
     seed: int
     attn_work: torch.Tensor          # () attentions computed so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
@@ -106,8 +107,8 @@ class LayerState:
     counts: torch.Tensor = None      # (B, H, G) int32
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
     lse_rest: torch.Tensor = None    # (B, H, N), delta="mass" only
-    act: torch.Tensor = None         # (B, F, N) gelu(W1 x + b1), column after column
-    out: torch.Tensor = None         # (B, N, C) W2 act + b2
+    act: torch.Tensor = None         # (B, F, M) gelu(W1 x + b1), column after column
+    out: torch.Tensor = None         # (B, M, C) W2 act + b2
     pre: torch.Tensor = None         # (B, G, F) pre-activation of each group's mean token
     mlp_columns: torch.Tensor = None # (B, G, K)
     mlp_counts: torch.Tensor = None  # (B, G)
@@ -129,7 +130,8 @@ def make_state(layers, sparsity, static, seed):
 
 
 def chipmunk_attention(q, k, v, state, step):
-    """softmax(q k^T / sqrt(D)) v, with q, k, v (B, H, N, D): dense without state, else as `step` says. -> (B, H, N, D)"""
+    """softmax(q k^T / sqrt(D)) v, with q (B, H, N, D), k and v (B, H, Nk, D): dense without state, else as `step` says.
+    -> (B, H, N, D)"""
     if state is None:
         return F.scaled_dot_product_attention(q, k, v)
     sparsity = state.sparsity

@@ -218,6 +218,8 @@ def pick_device(text):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise Fail(f"no device {text!r} to run on here; try --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                                # the one that Triton launches on
     return device
 
 # ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Query rows come in groups of GROUP neighbours that share one list of key columns
     split_off_columns           dense minus S_g: what a cache holds      o_rest, lse_rest
     add_columns                 the cache plus a fresh S_g               o
     sparse_mlp_fc1 / _fc2       the same idea for the hidden columns of an MLP, as exact deltas
-    pack_mask / unpack_mask     bool <-> bits
+    pack_mask / unpack_mask     bool <-> bits, for masks worth storing; the models keep lists
 
 X_ref is the definition of X, X_triton the kernel with the same signature, X itself picks: Triton on
 a GPU, the definition elsewhere. Kernels also run on a CPU under TRITON_INTERPRET=1.
@@ -35,7 +35,7 @@ except ImportError:
 
 GROUP = 128                     # query rows per group: the [128, 1] pattern
 LOG2E = 1.0 / math.log(2.0)     # kernels use exp2; the public lse is a natural logarithm
-TINY_REST = 2.0 ** -17          # a smaller share of the softmax is rounding of an fp32 lse: nothing is left
+TINY_REST = 2.0 ** -17          # a rest with a smaller share of the softmax is the rounding of an fp32 lse: nothing is left
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def attention_with_column_mass_ref(q: Tensor, k: Tensor, v: Tensor, lse_prev: Te
     groups = []
     for q_g, prev in zip(q.split(GROUP, 2), lse_prev.split(GROUP, 2)):             # (B, H, GROUP, D), (B, H, GROUP)
         o, lse, p = _softmax(q_g, k, v)
-        groups.append((o, lse, (lse - prev).clamp(max=87).exp()[..., None, :] @ p))     # (B, H, 1, Nk); exp(87) is finite
+        groups.append((o, lse, (lse - prev).clamp(max=80).exp()[..., None, :] @ p))     # (B, H, 1, Nk); 128 exp(80) is finite
     o, lse, mass = (torch.cat(parts, 2) for parts in zip(*groups))
     return o.to(q.dtype), lse, mass.to(_mass_dtype(q))
 
@@ -137,7 +137,7 @@ def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor
     o_S, lse_S = (x.flatten(2, 3)[:, :, :Nq] for x in (o_S, lse_S))                # (B, H, Nq, D), (B, H, Nq)
 
     if lse is None and epilogue != "none":
-        o_S, lse_S = o - o_S if epilogue == "split" else o + o_S, None
+        o_S, lse_S = (o - o_S if epilogue == "split" else o + o_S), None
     elif epilogue == "split":
         share = torch.exp(lse_S - lse)[..., None]                                  # (B, H, Nq, 1)
         left = torch.where(1 - share > TINY_REST, 1 - share, 0)
@@ -189,9 +189,9 @@ def unpack_mask_ref(bits: Tensor, n: int) -> Tensor:
 # kernels
 
 
-def _jit(fn, do_not_specialize=None):
+def _jit(fn):
     """triton.jit, or the function as it is where Triton is not installed."""
-    return fn if triton is None else triton.jit(fn, do_not_specialize=do_not_specialize)
+    return fn if triton is None else triton.jit(fn)
 
 
 def _need(ok: bool, message: str) -> None:
@@ -255,7 +255,7 @@ def _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, index, listed, scale, acc, m,
 def _attend_all(q, k_ptr, v_ptr, stride_kn, stride_vn, mass_ptr, m, Nk, scale,
                 BLOCK_N: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
     """A group of rows against all columns -> acc, m, l as in _attend. With mass_ptr, m stays as given, and sums of p over
-    the rows are written there, less the 2^8 that _dense_kernel put into m."""
+    the rows are written there, divided by the 2^8 that _dense_kernel put into m and at most 1e38, which is finite in bfloat16."""
     lane = tl.arange(0, BLOCK_N)
     acc = tl.zeros((m.shape[0], D), tl.float32)
     l = tl.zeros_like(m)
@@ -264,13 +264,13 @@ def _attend_all(q, k_ptr, v_ptr, stride_kn, stride_vn, mass_ptr, m, Nk, scale,
         acc, m, l, p = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, start + lane, None, scale, acc, m, l,
                                D, WIDE, False, mass_ptr is None)
         if mass_ptr is not None:
-            tl.store(mass_ptr + start + lane, tl.minimum(tl.sum(p, 0) * 0.00390625, 1e38))
+            tl.store(mass_ptr + start + lane, tl.minimum(tl.sum(p, 0) / 256, 1e38))
     if full < Nk:
         there = full + lane < Nk
         acc, m, l, p = _attend(q, k_ptr, v_ptr, stride_kn, stride_vn, full + lane, there, scale, acc, m, l,
                                D, WIDE, True, mass_ptr is None)
         if mass_ptr is not None:
-            tl.store(mass_ptr + full + lane, tl.minimum(tl.sum(p, 0) * 0.00390625, 1e38), mask=there)
+            tl.store(mass_ptr + full + lane, tl.minimum(tl.sum(p, 0) / 256, 1e38), mask=there)
     return acc, m, l
 
 
@@ -398,11 +398,11 @@ def _choose_kernel(bits_ptr, always_ptr, columns_ptr, counts_ptr, stride_always,
     if always_ptr is not None:
         always_ptr += row % G * stride_always
 
-    # A sample tells the answer to about 10 %, which spares the whole row all counts but one, mostly.
+    # A sample brackets the answer, so that mostly one count of the whole row is enough.
     END: tl.constexpr = (1 << BITS - 1) - 1
     lo, hi = top * 0, top * 0 + END
     if N >= 4 * SAMPLE:
-        guess, _ = _find_least(bits_ptr, SAMPLE, N // SAMPLE, (top.to(tl.int64) * SAMPLE // N).to(tl.int32), lo, hi, END, SAMPLE)
+        guess, _ = _find_least(bits_ptr, SAMPLE, N // SAMPLE, (tl.cast(top, tl.int64) * SAMPLE // N).to(tl.int32), lo, hi, END, SAMPLE)
         lo = tl.maximum(guess - (31 << BITS - 16), 0)
         hi = tl.minimum(guess, END - (31 << BITS - 16)) + (31 << BITS - 16)
     least, missing = _find_least(bits_ptr, N, 1, top, lo, hi, END, BLOCK)
@@ -434,12 +434,11 @@ def choose_columns_triton(mass: Tensor, keep: float, random: float, static: Tens
     _need(mass.dtype in bits, f"mass must be float32, float16 or bfloat16, got {mass.dtype}")
     G, N = mass.shape[-2:]
     top, K = _list_sizes(N, keep, random, static_most)
-    always = None if static is None else static.contiguous().view(torch.uint8)
-    stride = N if static is not None and static.ndim == 2 else 0
+    static = None if static is None else static.contiguous().view(torch.uint8)
+    always, stride = static, N if static is not None and static.ndim == 2 else 0
     if random > 0:
         always = torch.empty(G, N, dtype=torch.uint8, device=mass.device)
-        _always_kernel[(G, triton.cdiv(N, 1024))](always, None if static is None else static.contiguous().view(torch.uint8), stride,
-                                                  seed & 0x7FFFFFFF, round(random * 2 ** 24), N, BLOCK=1024)
+        _always_kernel[(G, triton.cdiv(N, 1024))](always, static, stride, seed & 0x7FFFFFFF, round(random * 2 ** 24), N, BLOCK=1024)
         stride = N
     columns = torch.zeros(*mass.shape[:-1], K, dtype=torch.int32, device=mass.device)
     counts = torch.empty(mass.shape[:-1], dtype=torch.int32, device=mass.device)
@@ -605,7 +604,7 @@ def sparse_mlp_fc1_triton(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Ten
     delta = torch.empty(B, G, K, GROUP, dtype=x.dtype, device=x.device)
     # within 5 % of the fastest without tensor descriptors on an H100, and small enough for 100 KB of shared memory; fc2 likewise
     _mlp_fc1_kernel[(G, triton.cdiv(K, 128), B)](
-        x, w1, b1, columns.contiguous(), counts.contiguous(), act, delta, *x.stride()[:2], w1.stride(0), *act.stride()[:2],
+        x, w1, None if b1 is None else b1.contiguous(), columns.contiguous(), counts.contiguous(), act, delta, *x.stride()[:2], w1.stride(0), *act.stride()[:2],
         M, K, C, BLOCK_M=GROUP, BLOCK_N=128, BLOCK_C=_channel_tile(C, 64 if x.element_size() == 2 else 32),
         num_warps=4, num_stages=3)
     return delta

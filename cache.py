@@ -59,7 +59,7 @@ def fit_steps(sparsity, steps, made_for):
     """A preset, which lists steps of a run of `made_for` and may name the steps to skip, for a run of `steps`."""
     measure, skip = sparsity.measure, sparsity.skip
     if not isinstance(measure, int):
-        measure = tuple(sorted({max(1, round(i * steps / made_for)) for i in measure}))
+        measure = tuple(sorted({min(max(1, round(i * steps / made_for)), steps - 1) for i in measure}))
     return replace(sparsity, measure=measure, skip=skip_preset(skip, steps) if isinstance(skip, str) else skip)
 
 

@@ -94,7 +94,7 @@ def step_list(text):
 def measure_steps(text):
     """"10": every tenth step. "1,2,4,7": those. "10,": step 10 alone."""
     steps = step_list(text)
-    if steps == (0,):
+    if steps == (0,) and "," not in text:
         raise argparse.ArgumentTypeError("'every 0 steps' means nothing; give a number from 1 or a list like 1,2,4,7")
     return steps if "," in text else steps[0]
 
@@ -220,7 +220,7 @@ def pick_device(text):
         raise Fail(f"no device {text!r} to run on here; try --device cpu")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)                                # the one that Triton launches on
-    return device
+    return device if device.type == "cuda" else torch.device("cpu")  # cpu:1 is the same, but safetensors does not know it
 
 # ---------------------------------------------------------------------------------------------------------
 # weights
@@ -267,7 +267,7 @@ def sharded_files(weights, name):
         return weight_files(weights, [name])
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise Fail(f"{index} is no list of shards; fetch it again") from None
     return weight_files(weights, [f"{name.rpartition('/')[0]}/{shard}" for shard in shards])
 

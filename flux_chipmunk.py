@@ -13,8 +13,8 @@ What happens, top to bottom of this file:
 
 Chipmunk changes two calls of a block (and a single block runs its fused linears in parts): `attention(q, k, v)`
 becomes `chipmunk_attention(q, k, v, state, step)`, `mlp(x)` becomes `chipmunk_mlp(x, ..., state, step)`. Both recompute
-only the columns that change fastest and add them to what the last steps left in `state` (cache.py). With `state=None`
-this is plain FLUX.1.
+a few columns only, the most attended to and the fastest changing, and add them to what the last steps left in `state` (cache.py).
+With `state=None` this is plain FLUX.1.
 
 FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
 """

@@ -12,7 +12,7 @@ What happens, top to bottom of this file:
     x --causal 3D decoder-> frames                  in tiles of space and time, which fade into each other
 
 Chipmunk changes one call of a block: `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, state, step)` for the rows of
-the video, which are nearly all. It recomputes only the columns (keys) that change fastest and adds them to what the last
+the video, which are nearly all. It recomputes only the columns (keys) that are attended to most and adds them to what the last
 steps left in `state` (cache.py). A group of 128 rows shares its columns, so the tokens run through the blocks voxel by voxel,
 4 x 4 x 8 = 128 of them each (voxel.py). With `state=None` this is plain HunyuanVideo.
 

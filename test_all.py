@@ -1016,6 +1016,7 @@ def test_plan():
     preset = Sparsity(measure=(1, 2, 4, 7, 12, 20, 30, 40), skip="alternate")
     assert fit_steps(preset, 50, 50) == replace(preset, skip=tuple(range(12, 48, 2)))
     assert fit_steps(preset, 25, 50).measure == (1, 2, 4, 6, 10, 15, 20)
+    assert fit_steps(preset, 2, 50).measure == (1,) and fit_steps(preset, 1, 50).measure == (0,)
     assert skip_preset("video", 50) == VIDEO_SKIPS and skip_preset("none", 50) == skip_preset("alternate", 4) == ()
     with pytest.raises(ValueError):
         make_plan(5, Sparsity(skip=(0,)))
@@ -1228,15 +1229,16 @@ def test_the_picture_says_what_the_prompt_says():
             assert bench.check(scene, picture, bench.shape_masks("cpu")) == (1, 1, 0, 0, True)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 50])
 @pytest.mark.parametrize("program, model", [(program, model) for program in (flux_chipmunk, wan_chipmunk, hunyuan_chipmunk) for model in program.CONFIGS])
-def test_settings_are_read_as_they_are_written(monkeypatch, tmp_path, program, model):
+def test_settings_are_read_as_they_are_written(monkeypatch, tmp_path, program, model, steps):
     video = program is not flux_chipmunk
 
     def parse(*words):
         out = tmp_path / ("a.mp4" if video else "a.png")
         monkeypatch.setattr(sys, "argv", ["program", "--prompt", "a cat", f"--out={out}", *words])
         return common.parse(common.make_parser("", program.CONFIGS, video)[0], program.CONFIGS, "a")[0]
-    args = parse(f"--model={model}", "--device=cpu", "--weights=somewhere")
+    args = parse(f"--model={model}", f"--steps={steps}", "--device=cpu", "--weights=somewhere")
     said = common.settings(args)
     again = parse(*[f"--{name}={value}" for name, value in said.items() if value is not False])
     assert said["model"] == model and common.settings(again) == said and again.plan == args.plan and again.sparsity == args.sparsity

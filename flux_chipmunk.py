@@ -381,8 +381,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, hw, C)
-        o = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                       # (B, C, hw)
+        q, k, v = (f(h).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))    # (B, 1, hw, C): in one piece,
+        o = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)       # (B, C, hw); else all hw^2 scores would be held
         return x + self.proj_out(o.unflatten(2, x.shape[2:]))
 
 

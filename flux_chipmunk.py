@@ -381,8 +381,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))    # (B, 1, hw, C): in one piece,
-        o = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)       # (B, C, hw); else all hw^2 scores would be held
+        # contiguous: from strided q, k, v the attention would hold all hw^2 scores at once
+        q, k, v = (f(h).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))  # (B, 1, hw, C)
+        o = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                       # (B, C, hw)
         return x + self.proj_out(o.unflatten(2, x.shape[2:]))
 
 
@@ -593,8 +594,7 @@ def main():
     text, pooled = encode_prompts([args.prompt], config, folder, device, dtype)
     layout = make_layout(config.flux, h, w, config.text_length, device)
     flux = load_part("flux", config, folder, device, dtype)
-    if not args.dense:
-        flux.lay_out_for_deltas()
+    flux.lay_out_for_deltas()                                        # --dense, too: so that it is --compare's left half to the last bit
     noise = patchify(make_noise(config.autoencoder.z, h, w, args.seed).to(device, dtype))                # (1, N, 4 z)
     sigmas = make_sigmas(args.steps, h * w, config.shift)
 

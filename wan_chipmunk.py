@@ -341,6 +341,7 @@ class AttentionBlock(nn.Module):
 
     def frame(self, x):
         """x (B, C, h, w)."""
+        # contiguous: from strided q, k, v the attention would hold all hw^2 scores at once
         q, k, v = self.to_qkv(self.norm(x)).flatten(2).mT.contiguous()[:, None].chunk(3, dim=-1) # (B, 1, hw, C) each
         o = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                        # (B, C, hw)
         return self.proj(o.unflatten(2, x.shape[2:]))

@@ -12,7 +12,6 @@ A video shows one thing; its colour, shape and background are looked for in the 
 where it stands, how large it is and how it is turned, in every second frame, tell whether it moves as asked.
 """
 import argparse
-import math
 import random
 import re
 import time
@@ -31,159 +30,11 @@ import flux_chipmunk
 import hunyuan_chipmunk
 import wan_chipmunk
 from cache import fit_steps, listed, make_plan, make_state
+from scenes import check, check_videos, make_moving_scene, make_scene, shape_masks, turned_shapes
 from sparse_kernels import (GROUP, add_columns, attention, attention_triton, attention_with_column_mass, choose_columns, sparse_mlp_fc1,
                             sparse_mlp_fc2, triton)
-from train_tiny import COLOURS, SHAPES, Scene, Thing, cover, draw, holds, make_moving_scene, make_scene
 
-GRID = 256                     # pictures are looked at in this many cells a side
 BATCH = 20                     # pictures or videos drawn at a time
-CELLS, CROP = 128, 48          # a video's frames are looked at in fewer cells, and its thing, scaled to one size, in these
-TURNS = 48                     # orientations that a shape is compared in
-SYMMETRY = {"square": 90, "triangle": 120, "star": 72, "diamond": 180}      # degrees after which it looks the same; others: 360
-
-# ---------------------------------------------------------------------------------------------------------
-# seeing
-
-
-def shape_masks(device):
-    """{shape: bool (h, w)}, each cut to its bounding box."""
-    masks = {}
-    for shape in SHAPES:
-        picture = draw([Scene((Thing("black", shape, "", 0.5, 0.5, 0.4),), "", "white", "")], 256, device)[0]
-        masks[shape] = cut(picture.mean(0) < 0)
-    return masks
-
-
-def cut(mask):
-    """A mask (H, W) without its empty margins."""
-    y, x = mask.any(1).nonzero(), mask.any(0).nonzero()
-    return mask[y.min():y.max() + 1, x.min():x.max() + 1]
-
-
-def pieces(mask):
-    """Connected pieces of mask (H, W), each a mask. On cells of 2 x 2, every cell takes the highest number among its
-    neighbours until none changes."""
-    coarse = F.max_pool2d(mask[None].float(), 2)[0]                  # (H / 2, W / 2)
-    numbers = torch.arange(1.0, coarse.numel() + 1, device=mask.device).view(coarse.shape) * coarse
-    while not torch.equal(numbers, spread := F.max_pool2d(numbers[None], 3, 1, 1)[0] * coarse):
-        numbers = spread
-    numbers = numbers.repeat_interleave(2, 0).repeat_interleave(2, 1)            # (H, W)
-    return [(numbers == n) & mask for n in numbers.unique() if n > 0]
-
-
-def see(picture, masks):
-    """What is in a picture (3, S, S) in -1..1? -> background colour, [(colour, shape, (x, y) of the centre)]"""
-    cells = F.adaptive_avg_pool2d(picture, GRID)                     # (3, GRID, GRID)
-    palette = torch.tensor(list(COLOURS.values()), device=cells.device) / 127.5 - 1              # (10, 3)
-    nearest = (cells[None] - palette[:, :, None, None]).square().sum(1).argmin(0)    # (GRID, GRID)
-    background = nearest.flatten().mode().values.item()
-    found = []
-    for index, colour in enumerate(COLOURS):
-        mask = nearest == index
-        mask = F.max_pool2d(-F.max_pool2d(-mask[None].float(), 3, 1, 1), 3, 1, 1)[0].bool()   # without the rims between two colours
-        for piece in pieces(mask) if index != background else []:
-            if piece.sum() < 0.003 * GRID**2:
-                continue
-            box = cut(piece)
-            overlap = {}
-            for shape, full in masks.items():
-                fitted = F.interpolate(full[None, None].float(), box.shape, mode="bilinear", antialias=True)[0, 0] > 0.5
-                overlap[shape] = ((fitted & box).sum() / (fitted | box).sum()).item()
-            shape = max(overlap, key=overlap.get)
-            y, x = piece.nonzero().float().mean(0).tolist()
-            if overlap[shape] > 0.7:
-                found.append((colour, shape, (x / GRID, y / GRID)))
-    return list(COLOURS)[background], found
-
-
-def check(scene, picture, masks):
-    """-> things right, things asked, relations right, relations asked, is the background right?"""
-    background, found = see(picture, masks)
-    centres = []
-    for thing in scene.things:
-        match = next((f for f in found if f[:2] == (thing.colour, thing.shape)), None)
-        if match:
-            found.remove(match)
-        centres.append(match and match[2])
-    related = bool(scene.relation) and None not in centres[:2] and holds(scene.relation, *centres[:2])
-    return sum(c is not None for c in centres), len(centres), int(related), int(bool(scene.relation)), background == scene.background
-
-# ---------------------------------------------------------------------------------------------------------
-# seeing videos
-
-
-def turned_shapes(device):
-    """What `scaled` makes of every shape, turned clockwise in TURNS steps. -> (shapes, TURNS, CROP^2) of 0 and 1"""
-    angle = torch.arange(TURNS, device=device) * (2 * math.pi / TURNS)           # (TURNS,)
-    half, r = torch.full_like(angle, 0.5), torch.full_like(angle, 0.35)
-    masks = torch.stack([cover(shape, half, half, r, angle, CELLS) > 0.5 for shape in SHAPES])   # (shapes, TURNS, CELLS, CELLS)
-    return scaled(masks.float(), *centre_and_area(masks.float()))
-
-
-def centre_and_area(masks):
-    """Masks (..., CELLS, CELLS) of 0 and 1 -> centre x, y and area (...) each, as shares of the picture; NaN centres where a mask is empty."""
-    grid = (torch.arange(CELLS, device=masks.device) + 0.5) / CELLS
-    area = masks.mean((-1, -2))
-    return (masks.mean(-2) * grid).mean(-1) / area, (masks.mean(-1) * grid).mean(-1) / area, area
-
-
-def scaled(masks, x, y, area):
-    """What is in masks (..., CELLS, CELLS), moved to the middle and made of one area. -> (..., CROP^2) of 0 and 1"""
-    axis = torch.linspace(-1.1, 1.1, CROP, device=masks.device) * 2 * area.sqrt()[..., None]     # (..., CROP)
-    x, y = (2 * centre[..., None] - 1 + axis for centre in (x, y))               # (..., CROP), where -1..1 is the picture
-    shape = *area.shape, CROP, CROP
-    grid = torch.stack([x[..., None, :].expand(shape), y[..., :, None].expand(shape)], dim=-1)   # (..., CROP, CROP, 2)
-    crops = F.grid_sample(masks.flatten(0, -3)[:, None], grid.flatten(0, -4).nan_to_num(), align_corners=False)
-    return (crops > 0.5).float().view(*area.shape, -1)
-
-
-def moves(motion, x, y, area, turned):
-    """Does a thing move as asked, beyond doubt? Its centre and area in every frame (T,) and the degrees it turned in all."""
-    reach = torch.hypot(x - x[0], y - y[0]).max()
-    growth = area[-1] / area[0]
-    if motion == "grows" or motion == "shrinks":
-        return reach < 0.12 and (growth if motion == "grows" else 1 / growth) > 1.6
-    if not 1 / 1.5 < growth < 1.5:
-        return False
-    if motion == "rotates":
-        return reach < 0.12 and abs(turned) > 90
-    if motion == "bounces":
-        depth = y.max() - torch.maximum(y[0], y[-1])
-        return depth > 0.15 and (y[-1] - y[0]).abs() < depth / 2 and (x - x[0]).abs().max() < depth / 2
-    right, down = x.diff(), y.diff()
-    along, across = {"moves left to right": (right, down), "moves right to left": (-right, down),
-                     "moves up": (-down, right), "moves down": (down, right)}[motion]
-    return along.sum() > 0.15 and along.min() > -0.02 and across.cumsum(0).abs().max() < along.sum() / 3
-
-
-def check_videos(scenes, videos, templates):
-    """videos (B, 3, T, S, S) in -1..1 of scenes -> for each scene the same five numbers as `check`, with the first, middle and
-    last frame as three things, and the motion as a relation."""
-    videos = videos[:, :, ::2]                                       # every second frame
-    B, _, T = videos.shape[:3]
-    cells = F.adaptive_avg_pool2d(videos.transpose(1, 2).flatten(0, 1), CELLS)                   # (B T, 3, CELLS, CELLS)
-    palette = torch.tensor(list(COLOURS.values()), device=cells.device) / 127.5 - 1              # (10, 3)
-    nearest = torch.stack([(cells - colour[:, None, None]).square().sum(1) for colour in palette]).argmin(0)     # (B T, CELLS, CELLS)
-    counts = torch.stack([(nearest == i).sum((-1, -2)) for i in range(len(palette))], dim=-1)    # (B T, 10)
-    background, thing = counts.topk(2).indices.unbind(-1)            # (B T,) the two commonest colours
-    masks = (nearest == thing[:, None, None])[:, None].float()
-    masks = F.max_pool2d(-F.max_pool2d(-masks, 3, 1, 1), 3, 1, 1).view(B, T, CELLS, CELLS)       # without the rims between two colours
-    x, y, area = centre_and_area(masks)                              # (B, T) each
-    crops = scaled(masks, x, y, area)                                # (B, T, CROP^2)
-    both = torch.einsum("btc,sac->btsa", crops, templates)           # (B, T, shapes, TURNS)
-    overlap = both / (crops.sum(-1)[..., None, None] + templates.sum(-1) - both)
-    x, y, area, overlap, background, thing = (a.cpu() for a in (x, y, area, overlap, background.view(B, T), thing.view(B, T)))
-    results = []
-    for b, scene in enumerate(scenes):
-        asked, fits = scene.things[0], overlap[b]                    # (T, shapes, TURNS)
-        best, shape = (fits.amax(-1) if scene.motion == "rotates" else fits[..., 0]).max(-1)     # (T,) each
-        there = (best > 0.7) & (shape == SHAPES.index(asked.shape)) & (thing[b] == list(COLOURS).index(asked.colour))
-        period = SYMMETRY.get(asked.shape, 360)
-        angle = fits[:, SHAPES.index(asked.shape)].argmax(-1) * (360 / TURNS)                    # (T,)
-        turned = ((angle.diff() + period / 2) % period - period / 2).sum().item()                # right while no step turns it by half a period
-        moved = area[b].min() > 0.002 and moves(scene.motion, x[b], y[b], area[b], turned)
-        results.append((there[[0, T // 2, -1]].sum().item(), 3, int(moved), 1, (background[b] == list(COLOURS).index(scene.background)).all().item()))
-    return results
 
 # ---------------------------------------------------------------------------------------------------------
 # sampling: noise and texts of a batch -> latents; dense where sparsity is None

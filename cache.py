@@ -1,31 +1,31 @@
-"""What Chipmunk remembers between steps, and when it does what.
+"""What Chipmunk remembers between steps, and what it does at each step.
 
-Attention, for every group g of 128 queries, with S the columns (keys) that the group keeps:
+Attention, for every group g of 128 queries. S is the set of columns (keys) that the group keeps:
 
     measure   o, mass = attention(q, k, v);  S = top columns by mass (+ random, + static);  rest = o "minus" o_S
-    sparse    o = rest "plus" o_S            with o_S from fresh q, k, v over the columns S alone
+    sparse    o = rest "plus" o_S            o_S from fresh q, k, v over the columns S alone
 
-"minus" and "plus" come in two kinds. delta="paper": plain subtraction and addition of softmaxes normalised over S.
-delta="mass": the rest is an attention result of its own, with its own log-sum-exp, and adding it back is the usual
-merge of two partial softmaxes; so mass can move between the fresh and the remembered part.
+"minus" and "plus" come in two kinds. delta="paper": subtract and add softmaxes that are each normalised over their own
+columns. delta="mass": the rest is an attention result with a log-sum-exp of its own, and adding it back is the usual
+merge of two partial softmaxes; so probability can move between the fresh and the remembered part.
 
 MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows: find the hidden columns f whose pre-activation at the
 group's mean token moved most, recompute those, and add (new - old) W2[:, f] to the remembered output.
 
-The plan of steps is a pure function (make_plan), and the caller owns the state (ModelState, one per generation and per
-guidance branch). Source: arXiv 2506.03275, sections 3 and 4.
+The plan of steps is a pure function (make_plan), and the caller owns the state (ModelState: one for each generation
+and each guidance branch). Source: arXiv 2506.03275, sections 3 and 4.
 """
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from sparse_kernels import (GROUP, add_columns, attention, attention_with_column_mass, choose_columns,
-                            sparse_mlp_fc1, sparse_mlp_fc2, split_off_columns)
+from sparse_kernels import (GROUP, add_columns, attention, attention_with_column_mass, choose_columns, sparse_mlp_fc1,
+                            sparse_mlp_fc2, split_off_columns)
 
 # Steps of 50 that the original skips on HunyuanVideo and Wan2.1.
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
-# Steps of 50 to measure at where dense attention costs little: a picture's early steps change fastest.
+# Steps of 50 to measure at if dense attention costs little: a picture's early steps change fastest.
 EARLY_STEPS = (1, 2, 4, 7, 12, 20, 30, 40)
 SKIP_PRESETS = ("none", "alternate", "video")
 
@@ -33,13 +33,13 @@ SKIP_PRESETS = ("none", "alternate", "video")
 @dataclass(frozen=True)
 class Sparsity:
     """How much to recompute, and when."""
-    attn_keys: float = 0.165         # share of columns kept by mass
+    attn_keep: float = 0.165         # share of columns kept by mass
     attn_random: float = 0.0         # share kept at random
-    mlp_keys: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
+    mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
     mlp_random: float = 0.05
     measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
     mlp_reuse: int = 2               # after step 10, chosen MLP columns serve this many steps
-    skip: tuple | str = ()           # steps that rerun the final layer only, unless they measure; or one of SKIP_PRESETS
+    skip: tuple | str = ()           # rerun only the final layer at these steps unless they measure; or a SKIP_PRESET
     delta: str = "paper"             # "mass" | "paper"
     dense_layers: int = 2            # the first layers are always dense
 
@@ -48,7 +48,7 @@ class Sparsity:
 class Step:
     index: int
     attn: str                        # "dense" | "measure" | "sparse" | "skip"
-    mlp: str                         # "dense" (refills the cache) | "choose" columns, then delta | "reuse" them | "skip"
+    mlp: str                         # "dense" (refills the cache) | "choose" columns, then delta | "reuse" | "skip"
 
     @property
     def skip(self):
@@ -65,42 +65,55 @@ def fit_steps(sparsity, steps, made_for):
 
 def skip_preset(name, steps):
     """The steps that one of SKIP_PRESETS skips in a run of `steps`. -> tuple"""
-    if name == "alternate":
-        return tuple(range(max(2, round(0.24 * steps)), steps - 2, 2))           # every second one of the last three quarters
-    return tuple(i for i in range(1, steps) if round(i * 50 / steps) in VIDEO_SKIPS) if name == "video" else ()
+    if name == "alternate":                                          # every second one of the last three quarters
+        return tuple(range(max(2, round(0.24 * steps)), steps - 2, 2))
+    if name == "video":
+        return tuple(i for i in range(1, steps) if round(i * 50 / steps) in VIDEO_SKIPS)
+    return ()
 
 
 def make_plan(steps, sparsity):
-    """What each of `steps` steps does, for a sparsity that fits them (fit_steps). Pure: same arguments, same plan.
-    -> list[Step]
+    """What each of `steps` steps does, for a sparsity that fits them (fit_steps), or None: dense.
+    Pure: same arguments, same plan. -> list[Step]
 
     Attention is dense until the first measure step (which needs the log-sum-exp of a dense step before it), and the MLP
-    is recomputed in full whenever attention is. A measure step is never skipped; one that no sparse step follows is
-    merely dense. Raises ValueError where step 0 is to be skipped."""
+    is recomputed in full whenever attention is. A measure step is never skipped. If no sparse step follows it, it is
+    merely dense. Raises ValueError if step 0 is to be skipped."""
+    if sparsity is None:
+        return [Step(i, "dense", "dense") for i in range(steps)]
     if 0 in sparsity.skip:
         raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
-    full = {1, *range(0, steps, sparsity.measure)} if isinstance(sparsity.measure, int) else set(sparsity.measure)
+    full = set(sparsity.measure) if not isinstance(sparsity.measure, int) else {1, *range(0, steps, sparsity.measure)}
     first = min(full - {0}, default=steps)
     computed = [i for i in range(steps) if i in full or i not in sparsity.skip]
     sparse = {i for i in computed if i > first and i not in full}
-    plan, age = {i: Step(i, "skip", "skip") for i in range(steps)}, 0
+    plan, age = [Step(i, "skip", "skip") for i in range(steps)], 0
     for i, following in zip(computed, computed[1:] + [None]):
-        attn = "sparse" if i in sparse else "measure" if following in sparse else "dense"
-        age = age + 1 if attn == "sparse" else 0                     # sparse steps since the last full one
-        mlp = "dense" if age == 0 or not sparsity.mlp_keys else "reuse" if i > 10 and (age - 1) % sparsity.mlp_reuse else "choose"
-        plan[i] = Step(i, attn, mlp)
-    return list(plan.values())
+        if i in sparse:
+            age += 1                                                 # sparse steps since the last full one
+            reuse = i > 10 and (age - 1) % sparsity.mlp_reuse
+            delta = "reuse" if reuse else "choose"
+            plan[i] = Step(i, "sparse", delta if sparsity.mlp_keep else "dense")
+        else:
+            age = 0
+            plan[i] = Step(i, "measure" if following in sparse else "dense", "dense")
+    return plan
+
+
+def until_sparse(plan):
+    """The plan's first steps, the first sparse one included: every kernel runs in them."""
+    return plan[:1 + next((step.index for step in plan if step.attn == "sparse"), 0)]
 
 
 @dataclass
 class LayerState:
-    """What one layer remembers. Shapes: N query rows and Nk columns of attention, M rows of the MLP, G groups of 128 rows,
-    K capacity of a column list, F hidden width."""
+    """What one layer remembers. Shapes: N query rows and Nk columns of attention, M rows of the MLP, G groups of 128
+    rows, K capacity of a column list, F hidden width."""
     sparsity: Sparsity
     static: torch.Tensor             # (Nk,) or (G, Nk) bool: attention columns always kept
     static_most: int                 # of them, the most in any group
     seed: int
-    attn_work: torch.Tensor          # () attentions computed so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
+    attn_work: torch.Tensor          # () attentions so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
     lse: torch.Tensor = None         # (B, H, N) of the last dense attention
     columns: torch.Tensor = None     # (B, H, G, K) int32
@@ -116,67 +129,69 @@ class LayerState:
 
 @dataclass
 class ModelState:
-    """One generation's memory (one guidance branch's, where there are two). A new generation makes a new one."""
+    """One generation's memory, or one guidance branch's if there are two. A new generation makes a new one."""
     layers: list                     # LayerState, or None for a layer that is always dense
     hidden: torch.Tensor = None      # (B, N, C) before the final layer, for skipped steps
 
 
 def make_state(layers, sparsity, static, seed):
-    """A fresh ModelState for a model of `layers` blocks."""
-    most = int(static.sum(-1).max())
-    return ModelState([None if i < sparsity.dense_layers else
-                       LayerState(sparsity, static, most, (seed * layers + i) % 2**31, *torch.zeros(2, device=static.device))
-                       for i in range(layers)])
+    """A fresh ModelState for a model of `layers` blocks; None without a sparsity: nothing is remembered."""
+    if sparsity is None:
+        return None
+    most, states = int(static.sum(-1).max()), [None] * min(sparsity.dense_layers, layers)
+    for i in range(len(states), layers):
+        attn_work, mlp_work = torch.zeros(2, device=static.device)
+        states.append(LayerState(sparsity, static, most, (seed * layers + i) % 2**31, attn_work, mlp_work))
+    return ModelState(states)
 
 
-def chipmunk_attention(q, k, v, state, step):
-    """softmax(q k^T / sqrt(D)) v, with q (B, H, N, D), k and v (B, H, Nk, D): dense without state, else as `step` says.
-    -> (B, H, N, D)"""
-    if state is None:
+def chipmunk_attention(q, k, v, layer_state, step):
+    """softmax(q k^T / sqrt(D)) v, with q (B, H, N, D), k and v (B, H, Nk, D): dense without layer_state, else as `step`
+    says. -> (B, H, N, D)"""
+    if layer_state is None:
         return F.scaled_dot_product_attention(q, k, v)
-    sparsity = state.sparsity
+    s, sparsity = layer_state, layer_state.sparsity
     if step.attn == "dense":
-        o, state.lse = attention(q, k, v)
-        state.attn_work += 1
+        o, s.lse = attention(q, k, v)
+        s.attn_work += 1
     elif step.attn == "measure":
-        o, lse, mass = attention_with_column_mass(q, k, v, state.lse)
-        state.lse = lse
-        state.columns, state.counts = choose_columns(mass, sparsity.attn_keys, sparsity.attn_random, state.static,
-                                                     _seed(state, step), state.static_most)
-        state.o_rest, state.lse_rest = split_off_columns(q, k, v, state.columns, state.counts, o,
-                                                         lse if sparsity.delta == "mass" else None)
-        state.attn_work += 1 + _share(state.counts, k.shape[2])
+        o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
+        s.columns, s.counts = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step),
+                                             s.static_most)
+        lse = s.lse if sparsity.delta == "mass" else None
+        s.o_rest, s.lse_rest = split_off_columns(q, k, v, s.columns, s.counts, o, lse)
+        s.attn_work += 1 + _share(s.counts, k.shape[2])
     else:
-        o = add_columns(q, k, v, state.columns, state.counts, state.o_rest, state.lse_rest)
-        state.attn_work += _share(state.counts, k.shape[2])
+        o = add_columns(q, k, v, s.columns, s.counts, s.o_rest, s.lse_rest)
+        s.attn_work += _share(s.counts, k.shape[2])
     return o
 
 
-def chipmunk_mlp(x, w1, b1, w2, b2, state, step):
-    """W2 gelu(W1 x + b1) + b2, with x (B, N, C), w1 (F, C), w2 (C, F): dense without state, else as `step` says.
+def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
+    """W2 gelu(W1 x + b1) + b2, with x (B, N, C), w1 (F, C), w2 (C, F): dense without layer_state, else as `step` says.
     -> (B, N, C), which the next step updates in place: use it before then. On a GPU w2 must be stored column after
     column (Flux.lay_out_for_deltas)."""
-    if state is None:
+    if layer_state is None:
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
-    rows = x.shape[1]
+    s, sparsity, rows = layer_state, layer_state.sparsity, x.shape[1]
     if step.mlp == "dense":
         act = F.gelu(F.linear(x, w1, b1), approximate="tanh")                    # (B, N, F)
         out = F.linear(act, w2, b2)                                              # (B, N, C)
-        if state.sparsity.mlp_keys:
-            state.act, state.out = act.mT.contiguous(), out
-            state.pre = F.linear(group_means(x), w1, b1)                         # (B, G, F)
-        state.mlp_work += rows
+        if sparsity.mlp_keep:
+            s.act, s.out = act.mT.contiguous(), out
+            s.pre = F.linear(group_means(x), w1, b1)                             # (B, G, F)
+        s.mlp_work += rows
         return out
     if step.mlp == "choose":
         pre = F.linear(group_means(x), w1, b1)                                   # (B, G, F)
-        moved = (pre - state.pre).abs()[:, None]                                 # (B, 1, G, F)
-        columns, counts = choose_columns(moved, state.sparsity.mlp_keys, state.sparsity.mlp_random, None, _seed(state, step))
-        state.mlp_columns, state.mlp_counts = columns[:, 0], counts[:, 0]        # (B, G, K), (B, G)
-        state.pre = torch.where(listed(state.mlp_columns, state.mlp_counts, pre.shape[-1]), pre, state.pre)
-    delta = sparse_mlp_fc1(x, w1, b1, state.mlp_columns, state.mlp_counts, state.act)            # (B, G, K, 128)
-    state.out = sparse_mlp_fc2(delta, w2.t(), state.mlp_columns, state.mlp_counts, state.out)    # (B, N, C)
-    state.mlp_work += rows * _share(state.mlp_counts, w1.shape[0])
-    return state.out
+        moved = (pre - s.pre).abs()[:, None]                                     # (B, 1, G, F)
+        columns, counts = choose_columns(moved, sparsity.mlp_keep, sparsity.mlp_random, None, _seed(s, step))
+        s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]                # (B, G, K), (B, G)
+        s.pre = torch.where(columns_to_mask(s.mlp_columns, s.mlp_counts, pre.shape[-1]), pre, s.pre)
+    delta = sparse_mlp_fc1(x, w1, b1, s.mlp_columns, s.mlp_counts, s.act)        # (B, G, K, 128)
+    s.out = sparse_mlp_fc2(delta, w2.t(), s.mlp_columns, s.mlp_counts, s.out)    # (B, N, C)
+    s.mlp_work += rows * _share(s.mlp_counts, w1.shape[0])
+    return s.out
 
 
 def group_means(x):
@@ -187,7 +202,7 @@ def group_means(x):
     return means if tail == 0 else torch.cat([means, x[:, n - tail:].mean(1, keepdim=True)], dim=1)
 
 
-def listed(columns, counts, n):
+def columns_to_mask(columns, counts, n):
     """Column lists (..., K), counts (...) -> bool (..., n): is the column in the list?"""
     inside = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]          # (..., K)
     index = torch.where(inside, columns, n).long()                   # padding goes to an extra column, cut off again
@@ -199,5 +214,5 @@ def _share(counts, n):
     return counts.float().mean() / n                                 # stays on the device: nothing waits for it
 
 
-def _seed(state, step):
-    return (state.seed * 1_000_003 + step.index) % 2**31             # another draw for every layer and step
+def _seed(layer_state, step):
+    return (layer_state.seed * 1_000_003 + step.index) % 2**31       # another draw for every layer and step

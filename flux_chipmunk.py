@@ -3,7 +3,7 @@
     python flux_chipmunk.py --prompt "a green ring on a black background"
     python flux_chipmunk.py --model dev --prompt "a chipmunk reading a map, watercolour"
 
-What happens, top to bottom of this file:
+What happens (`render`, near the end of this file, is this sequence):
 
     prompt --T5--> text tokens (B, T, 4096)        FLUX.1's context
            --CLIP-> one vector (B, 768)            modulates every block, with the time and the guidance
@@ -12,25 +12,29 @@ What happens, top to bottom of this file:
     tokens --decoder-> picture
 
 Chipmunk changes two calls of a block (and a single block runs its fused linears in parts): `attention(q, k, v)`
-becomes `chipmunk_attention(q, k, v, state, step)`, `mlp(x)` becomes `chipmunk_mlp(x, ..., state, step)`. Both recompute
-a few columns only, the most attended to and the fastest changing, and add them to what the last steps left in `state` (cache.py).
-With `state=None` this is plain FLUX.1.
+becomes `chipmunk_attention(q, k, v, layer_state, step)`, `mlp(x)` becomes `chipmunk_mlp(x, ..., layer_state, step)`.
+Both recompute a few columns only, the most attended to and the fastest changing, and add them to what the last steps
+left in `layer_state` (cache.py). Without a state this is plain FLUX.1.
 
 FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
 """
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-import common
-from cache import EARLY_STEPS, Sparsity, chipmunk_attention, chipmunk_mlp, make_state
-from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder,
-                           load_clip_tokenizer, load_t5_tokenizer, tokenize)
+import checkpoints
+import cli
+import media
+from cache import EARLY_STEPS, Sparsity, chipmunk_attention, chipmunk_mlp, make_plan, make_state, until_sparse
+from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
+                           load_t5_tokenizer, tokenize)
 from voxel import token_order
 
 # ---------------------------------------------------------------------------------------------------------
@@ -63,7 +67,7 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class Config:
-    weights: str               # folder beside this file, or Hub repository
+    weights: str | Path        # folder, or Hugging Face repository
     files: dict                # part -> its safetensors files there
     flux: FluxConfig
     autoencoder: AutoencoderConfig
@@ -82,30 +86,33 @@ class Config:
     height = width
 
 
-# Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps change
-# fastest, so ours measures early; the README's table says what that, the delta and the skipped steps do to the picture.
-FLUX_SPARSITY = Sparsity(attn_keys=0.165, attn_random=0.0, mlp_keys=0.30, mlp_random=0.05, delta="mass",
+# Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps
+# change fastest, so ours measures early. The README's table says what that, the delta and the skipped steps do to the
+# picture.
+FLUX_SPARSITY = Sparsity(attn_keep=0.165, attn_random=0.0, mlp_keep=0.30, mlp_random=0.05, delta="mass",
                          measure=EARLY_STEPS, skip="alternate")
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
-              "t5": ("text_encoder_2/model-00001-of-00002.safetensors", "text_encoder_2/model-00002-of-00002.safetensors")}
+              "t5": tuple(f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2))}
 FLUX_12B = FluxConfig(channels=64, text_dim=4096, pooled_dim=768, dim=3072, heads=24, double_blocks=19,
                       single_blocks=38, axes=(16, 56, 56), guidance=True)
 CONFIGS = {
     "tiny": Config(
-        weights="weights/flux-tiny",
+        weights=Path(__file__).parent / "weights/flux-tiny",
         files={"flux": ("flux1-tiny.safetensors",), "autoencoder": ("ae.safetensors",),
                "clip": ("text_encoder/model.safetensors",), "t5": ("text_encoder_2/model.safetensors",)},
         flux=FluxConfig(channels=32, text_dim=96, pooled_dim=64, dim=192, heads=3, double_blocks=2,
                         single_blocks=6, axes=(8, 28, 28), guidance=True),
-        autoencoder=AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 2), blocks=1, z=8, groups=8, scale=1.0, shift=0.0),
+        autoencoder=AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 2), blocks=1, z=8, groups=8, scale=1.0,
+                                      shift=0.0),
         t5=T5Config(vocab=512, dim=96, heads=3, head_dim=32, ff=192, layers=2),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
         text_length=64, size=512, steps=50, guidance=3.5, shift=True, sparsity=FLUX_SPARSITY),
     "schnell": Config(
         weights="black-forest-labs/FLUX.1-schnell", files=REAL_FILES | {"flux": ("flux1-schnell.safetensors",)},
         flux=replace(FLUX_12B, guidance=False), autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
-        text_length=256, size=1024, steps=4, guidance=0.0, shift=False, sparsity=replace(FLUX_SPARSITY, measure=(1,), skip="none")),
+        text_length=256, size=1024, steps=4, guidance=0.0, shift=False,
+        sparsity=replace(FLUX_SPARSITY, measure=(1,), skip="none")),
     "dev": Config(
         weights="black-forest-labs/FLUX.1-dev", files=REAL_FILES | {"flux": ("flux1-dev.safetensors",)},
         flux=FLUX_12B, autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
@@ -228,7 +235,7 @@ class DoubleBlock(nn.Module):
         self.txt_attn = SelfAttention(config.dim, config.heads)
         self.txt_mlp = make_mlp(config.dim)
 
-    def forward(self, txt, img, vec, rope, state, step):
+    def forward(self, txt, img, vec, rope, layer_state, step):
         """txt (B, T, C), img (B, N, C), vec (B, C) -> txt, img."""
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
@@ -238,7 +245,7 @@ class DoubleBlock(nn.Module):
         txt_heads = split_heads(txt_qkv, self.heads, self.txt_attn.norm)
         img_heads = split_heads(img_qkv, self.heads, self.img_attn.norm)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads)) # (B, H, T + N, D) each
-        o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, state, step)
+        o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, layer_state, step)
         o = o.transpose(1, 2).flatten(2)                                         # (B, T + N, C)
         txt_o, img_o = o.split([txt.shape[1], img.shape[1]], dim=1)
 
@@ -247,7 +254,8 @@ class DoubleBlock(nn.Module):
         txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
         fc1, _, fc2 = self.img_mlp
         x = modulate(img, img_shift2, img_scale2)
-        img = img + img_gate2 * chipmunk_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, state, step)
+        x = chipmunk_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer_state, step)
+        img = img + img_gate2 * x
         return txt, img
 
 
@@ -263,21 +271,21 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.dim // config.heads)
         self.modulation = Modulation(config.dim, 3)
 
-    def forward(self, x, vec, rope, state, step):
+    def forward(self, x, vec, rope, layer_state, step):
         """x (B, T + N, C), vec (B, C) -> x."""
         shift, scale, gate = self.modulation(vec)
         h = modulate(x, shift, scale)
         w1, b1, w2, b2 = self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
-        if state is None:                                            # fused, as published
+        if layer_state is None:                                            # fused, as published
             qkv, mlp = self.linear1(h).split([3 * self.dim, 4 * self.dim], dim=-1)
         else:                                                        # apart, for the delta; b2 is added once, below
             qkv = F.linear(h, w1[:3 * self.dim], b1[:3 * self.dim])  # (B, T + N, 3C)
         q, k, v = split_heads(qkv, self.heads, self.norm)
-        o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, state, step)
+        o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, layer_state, step)
         o = o.transpose(1, 2).flatten(2)                             # (B, T + N, C)
-        if state is None:
+        if layer_state is None:
             return x + gate * self.linear2(torch.cat([o, F.gelu(mlp, approximate="tanh")], dim=-1))
-        mlp = chipmunk_mlp(h, w1[3 * self.dim:], b1[3 * self.dim:], w2[:, self.dim:], None, state, step)
+        mlp = chipmunk_mlp(h, w1[3 * self.dim:], b1[3 * self.dim:], w2[:, self.dim:], None, layer_state, step)
         return x + gate * (F.linear(o, w2[:, :self.dim], b2) + mlp)
 
 
@@ -313,7 +321,7 @@ class Flux(nn.Module):
 
         x (B, N, channels) image tokens in raster order; t, guidance (B,) in x's dtype, t = 1 is pure noise;
         text (B, T, text_dim) from T5; pooled (B, pooled_dim) from CLIP; layout from make_layout.
-        state: a ModelState to run Chipmunk with (after lay_out_for_deltas), and step, what to do now; None: plain dense.
+        state: a ModelState to run Chipmunk with (after lay_out_for_deltas); step: what to do now. None: plain dense.
         -> (B, N, channels)
         """
         vec = self.time_in(sinusoid(t)) + self.vector_in(pooled)     # (B, C)
@@ -323,7 +331,7 @@ class Flux(nn.Module):
             hidden = self.blocks(x, text, vec, layout, state, step)  # (B, N, C)
             if state is not None:
                 state.hidden = hidden
-        else:                                                        # step caching: only the final layer sees the new time
+        else:                                                        # step caching: only the final layer runs
             hidden = state.hidden
         return self.final_layer(hidden, vec)[:, layout.inverse]
 
@@ -331,11 +339,11 @@ class Flux(nn.Module):
         layers = state.layers if state else [None] * (len(self.double_blocks) + len(self.single_blocks))
         img = self.img_in(x)[:, layout.order]                        # (B, N, C)
         txt = self.txt_in(text)                                      # (B, T, C)
-        for block, layer in zip(self.double_blocks, layers):
-            txt, img = block(txt, img, vec, layout.rope, layer, step)
+        for block, layer_state in zip(self.double_blocks, layers):
+            txt, img = block(txt, img, vec, layout.rope, layer_state, step)
         x = torch.cat([txt, img], dim=1)                             # (B, T + N, C)
-        for block, layer in zip(self.single_blocks, layers[len(self.double_blocks):]):
-            x = block(x, vec, layout.rope, layer, step)
+        for block, layer_state in zip(self.single_blocks, layers[len(self.double_blocks):]):
+            x = block(x, vec, layout.rope, layer_state, step)
         return x[:, txt.shape[1]:]
 
     def lay_out_for_deltas(self):
@@ -418,7 +426,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
         self.conv_in = conv(3, widths[0])
-        self.down = nn.ModuleList(level(a, b, config.blocks, config.groups) for a, b in zip(widths[:1] + widths, widths))
+        self.down = nn.ModuleList(level(inputs, outputs, config.blocks, config.groups)
+                                  for inputs, outputs in zip(widths[:1] + widths, widths))
         for stage, width in zip(self.down[:-1], widths):
             stage["downsample"] = Resample(width, up=False)
         self.mid = middle(widths[-1], config.groups)
@@ -443,7 +452,8 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in config.multipliers]
         self.conv_in = conv(config.z, widths[-1])
         self.mid = middle(widths[-1], config.groups)
-        self.up = nn.ModuleList(level(b, a, config.blocks + 1, config.groups) for a, b in zip(widths, widths[1:] + widths[-1:]))
+        self.up = nn.ModuleList(level(inputs, outputs, config.blocks + 1, config.groups)
+                                for outputs, inputs in zip(widths, widths[1:] + widths[-1:]))
         for stage, width in zip(self.up[1:], widths[1:]):
             stage["upsample"] = Resample(width, up=True)
         self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
@@ -453,7 +463,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z)
         for block in self.mid.values():
             x = block(x)
-        for stage in reversed(self.up):                              # numbered from the finest level, run from the coarsest
+        for stage in reversed(self.up):                              # the finest level is number 0 and runs last
             for block in stage["block"]:
                 x = block(x)
             if "upsample" in stage:
@@ -511,34 +521,113 @@ def make_noise(z, height, width, seed):
     return torch.randn(1, z, 2 * height, 2 * width, generator=generator, dtype=torch.bfloat16)
 
 
-def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None, progress=iter):
-    """Euler steps from noise x (B, N, channels) to image tokens. Dense without plan and state."""
+def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):
+    """Euler steps from noise x (B, N, channels) to image tokens. plan: an iterable of Step; dense without plan and
+    state. -> (B, N, channels)"""
     guidance = x.new_full((x.shape[0],), guidance)                   # (B,)
-    steps = plan or [None] * (len(sigmas) - 1)
-    for step, sigma, sigma_next in zip(progress(steps), sigmas[:-1].tolist(), sigmas[1:].tolist()):
+    plan = plan or [None] * (len(sigmas) - 1)
+    for step, sigma, sigma_next in zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist()):
         t = x.new_full((x.shape[0],), sigma)                         # (B,)
         x = x + (sigma_next - sigma) * model(x, t, text, pooled, guidance, layout, state, step)
     return x
 
 # ---------------------------------------------------------------------------------------------------------
-# prompt in, picture out
+# generate: prompt in, picture out
+
+
+def generate(prompt, *, model="tiny", weights=None, width=None, height=None, steps=None, guidance=None, seed=0,
+             sparsity=None, dense=False, device=None, dtype=None):
+    """Draw a prompt -> PIL image.
+
+    model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. sparsity: a
+    cache.Sparsity for this many steps. dense: recompute everything. device: "cpu", "cuda", ... dtype: "float32" or
+    "bfloat16". None: the model's own value. Raises cli.Fail for what cannot be done."""
+    settings = cli.Settings(model=model, weights=weights, width=width, height=height, steps=steps, guidance=guidance,
+                            seed=seed, sparsity=sparsity, dense=dense, device=device, dtype=dtype)
+    (picture, _), = render(prompt, cli.fill(settings, CONFIGS))
+    return media.to_image(picture)
+
+
+class Report(NamedTuple):
+    seconds: float             # of all steps, without encoding and decoding
+    attn: float                # share of attention columns that were recomputed
+    mlp: float                 # share of MLP columns, likewise
+    saved: float               # share of floating-point operations saved
+
+
+@torch.no_grad()
+def render(prompt, settings, compare=False):
+    """The whole way from a prompt to a picture (3, height, width) in -1..1 and its Report, with filled settings.
+    -> [(picture, Report)]; with compare two of them from the same noise, first the dense one."""
+    config = CONFIGS[settings.model]
+    device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
+    h, w = settings.height // 16, settings.width // 16               # in tokens
+    check(prompt, settings, folder, config.text_length + h * w)
+
+    text, pooled = encode_prompts([prompt], config, folder, device, dtype)       # (1, T, text_dim), (1, pooled_dim)
+    layout = make_layout(config.flux, h, w, config.text_length, device)
+    noise = make_noise(config.autoencoder.z, h, w, settings.seed)                # (1, z, 2h, 2w)
+    noise = patchify(noise.to(device, dtype))                                    # (1, N, 4 z)
+    sigmas = make_sigmas(settings.steps, h * w, config.shift)
+    flux = load_part("flux", config, folder, device, dtype)
+    flux.lay_out_for_deltas()                                        # also dense, which then is compare's dense half
+    layers = len(flux.double_blocks) + len(flux.single_blocks)
+
+    results = []
+    for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
+        plan = make_plan(settings.steps, sparsity)
+        if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
+            state = make_state(layers, sparsity, layout.static, settings.seed)
+            sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
+        start = time.perf_counter()
+        state = make_state(layers, sparsity, layout.static, settings.seed)
+        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
+        x = sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)     # (1, N, 4 z)
+        x.sum().item()                                               # wait for the device
+        seconds = time.perf_counter() - start
+        results.append((x, Report(seconds, *work_done(config.flux, len(layout.static), h * w, plan, state))))
+    del flux, state
+
+    autoencoder = load_part("autoencoder", config, folder, device, torch.float32)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):       # as the original
+        return [(autoencoder.decode(unpatchify(x.float(), h, w)).float().clamp(-1, 1)[0], report)
+                for x, report in results]
+
+
+def check(prompt, settings, folder, tokens):
+    """Find everything that can be wrong before a network is loaded. tokens: text and image tokens together.
+    Raises Fail."""
+    config, dtype = CONFIGS[settings.model], settings.dtype
+    cli.check_prompt(prompt)
+    if settings.guidance and not config.flux.guidance:
+        cli.note(f"{settings.model} takes no guidance; --guidance has no effect")
+    for part, make in parts(config).items():
+        precision = torch.float32 if part == "autoencoder" else dtype
+        caches = 0
+        if part == "flux" and settings.sparsity:
+            caches = cache_bytes(config.flux, settings.sparsity, tokens, dtype)
+        checkpoints.check_memory(make, precision, settings.device, caches)
+    for part, make in parts(config).items():
+        checkpoints.check_weights(make, checkpoints.weight_files(folder, config.files[part]))
 
 
 def encode_prompts(prompts, config, folder, device, dtype):
-    """prompts -> T5 states (B, T, text_dim) and CLIP vectors (B, pooled_dim). The encoders are loaded, used and freed."""
-    text_file, *clip_files = common.weight_files(folder, ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"])
-    t5_tokenizer = common.load_tokenizer(load_t5_tokenizer, text_file)
-    clip_tokenizer = common.load_tokenizer(load_clip_tokenizer, clip_files[0].parent)
-    t5_ids, _, t5_cut = tokenize(t5_tokenizer, prompts, config.text_length, 0)                   # (B, T)
-    clip_ids, _, clip_cut = tokenize(clip_tokenizer, prompts, config.clip.length, clip_tokenizer.token_to_id("<|endoftext|>"))
+    """prompts -> T5 states (B, T, text_dim) and CLIP vectors (B, pooled_dim). Loads the encoders and frees them."""
+    files = ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"]
+    t5_file, vocab, _ = checkpoints.weight_files(folder, files)
+    t5_tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, t5_file)
+    clip_tokenizer = checkpoints.load_tokenizer(load_clip_tokenizer, vocab.parent)
+    end = clip_tokenizer.token_to_id("<|endoftext|>")
+    t5_ids, _, t5_cut = tokenize(t5_tokenizer, prompts, config.text_length, 0)   # (B, T)
+    clip_ids, _, clip_cut = tokenize(clip_tokenizer, prompts, config.clip.length, end)
     for name, cut in ("T5", t5_cut), ("CLIP", clip_cut):
         if max(cut):
-            common.note(f"the prompt is too long for {name}: its last {max(cut)} tokens were cut")
+            cli.note(f"the prompt is too long for {name}: its last {max(cut)} tokens were cut")
     t5 = load_part("t5", config, folder, device, dtype)
-    text = t5(t5_ids.to(device))                                                                 # (B, T, text_dim)
+    text = t5(t5_ids.to(device))                                                 # (B, T, text_dim)
     del t5
-    pooled = load_part("clip", config, folder, device, dtype)(clip_ids.to(device))[1]            # (B, pooled_dim)
-    return text, pooled
+    clip = load_part("clip", config, folder, device, dtype)
+    return text, clip(clip_ids.to(device))[1]                                    # (B, pooled_dim)
 
 
 def parts(config):
@@ -549,73 +638,63 @@ def parts(config):
 
 def load_part(part, config, folder, device, dtype):
     """One of the four networks, with its weights."""
-    return common.load_weights(parts(config)[part], common.weight_files(folder, config.files[part]), device, dtype)
+    files = checkpoints.weight_files(folder, config.files[part])
+    return checkpoints.load_weights(parts(config)[part], files, device, dtype)
 
 
 def cache_bytes(config, sparsity, tokens, dtype):
-    """What Chipmunk remembers for `tokens` text and image tokens: per layer the attention's rest and, with deltas, the MLP's
-    activations and output."""
+    """What Chipmunk remembers for `tokens` text and image tokens: for each layer the attention's rest and, with deltas,
+    the MLP's activations and output."""
     layers = config.double_blocks + config.single_blocks - sparsity.dense_layers
-    return layers * tokens * (6 if sparsity.mlp_keys else 1) * config.dim * dtype.itemsize
+    return layers * tokens * (6 if sparsity.mlp_keep else 1) * config.dim * dtype.itemsize
 
 
 def work_done(config, tokens, image, plan, state):
     """Shares of attention and MLP columns that a generation recomputed, and of floating-point operations it saved.
-    tokens: text and image together; image: those that a double block's MLP delta covers."""
-    layers = list(zip([image] * config.double_blocks + [tokens] * config.single_blocks, state.layers))   # (MLP rows, state)
-    run = sum(not step.skip for step in plan)
-    attn = sum(run if layer is None else float(layer.attn_work) for _, layer in layers)
-    mlp = sum(rows * run if layer is None else float(layer.mlp_work) for rows, layer in layers)
-    all_attn, all_mlp = len(plan) * len(layers), len(plan) * sum(rows for rows, _ in layers)
-    attn_flops, mlp_flops = 4 * tokens**2 * config.dim, 16 * config.dim**2                               # one attention; one MLP row
-    rest = sum(8 * config.dim**2 * tokens + mlp_flops * (tokens - rows) for rows, _ in layers)           # projections, text's own MLPs
-    dense = attn_flops * all_attn + mlp_flops * all_mlp + rest * len(plan)
-    return attn / all_attn, mlp / all_mlp, 1 - (attn_flops * attn + mlp_flops * mlp + rest * run) / dense
+    tokens: text and image together; image: those that a double block's MLP delta covers. state None: all was dense."""
+    if state is None:
+        return 1.0, 1.0, 0.0
+    mlp_rows = [image] * config.double_blocks + [tokens] * config.single_blocks
+    run = sum(not step.skip for step in plan)                        # a dense layer works in each of these
+    attn = mlp = 0.0
+    for rows, layer_state in zip(mlp_rows, state.layers):
+        attn += run if layer_state is None else float(layer_state.attn_work)
+        mlp += rows * run if layer_state is None else float(layer_state.mlp_work)
+    all_attn, all_mlp = len(plan) * len(mlp_rows), len(plan) * sum(mlp_rows)
+
+    attn_flops = 4 * tokens**2 * config.dim                          # of one attention
+    mlp_flops = 16 * config.dim**2                                   # of one row of an MLP
+    projections = 8 * config.dim**2 * tokens * len(mlp_rows)
+    text_mlps = mlp_flops * sum(tokens - rows for rows in mlp_rows)  # the double blocks' text has MLPs of its own
+    others = projections + text_mlps
+    dense = attn_flops * all_attn + mlp_flops * all_mlp + others * len(plan)
+    ours = attn_flops * attn + mlp_flops * mlp + others * run
+    return attn / all_attn, mlp / all_mlp, 1 - ours / dense
+
+# ---------------------------------------------------------------------------------------------------------
+# the command line
 
 
-@torch.no_grad()
 def main():
-    parser, chipmunk = common.make_parser(__doc__, CONFIGS)
-    chipmunk.add_argument("--mlp-keys", type=common.number(float, 0, 1), metavar="SHARE",
+    parser, chipmunk = cli.make_parser(__doc__, CONFIGS)
+    chipmunk.add_argument("--mlp-keys", type=cli.number(float, 0, 1), metavar="SHARE",
                           help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
-    args, config = common.parse(parser, CONFIGS, "flux")
-    if args.guidance and not config.flux.guidance:
-        common.note(f"{args.model} takes no guidance; --guidance has no effect")
-    device, dtype, folder = args.device, args.dtype, args.folder
-
-    h, w = args.height // 16, args.width // 16                       # in tokens
-    caches = 0 if args.dense else cache_bytes(config.flux, args.sparsity, config.text_length + h * w, dtype)
-    for part, make in parts(config).items():                         # everything that can be wrong is found before a network is loaded
-        common.check_memory(make, torch.float32 if part == "autoencoder" else dtype, device, caches if part == "flux" else 0)
-    for part, make in parts(config).items():
-        common.check_weights(make, common.weight_files(folder, config.files[part]))
+    args, settings = cli.parse(parser, CONFIGS)
+    out = media.check_out(args.out, "flux", (".png",))
 
     start = time.perf_counter()
-    text, pooled = encode_prompts([args.prompt], config, folder, device, dtype)
-    layout = make_layout(config.flux, h, w, config.text_length, device)
-    flux = load_part("flux", config, folder, device, dtype)
-    flux.lay_out_for_deltas()                                        # --dense, too: so that it is --compare's left half to the last bit
-    noise = patchify(make_noise(config.autoencoder.z, h, w, args.seed).to(device, dtype))                # (1, N, 4 z)
-    sigmas = make_sigmas(args.steps, h * w, config.shift)
-
-    def run(plan, progress):
-        state = plan and make_state(len(flux.double_blocks) + len(flux.single_blocks), args.sparsity, layout.static, args.seed)
-        return sample(flux, noise, text, pooled, args.guidance, sigmas, layout, plan, state, progress), state
-    x, state, seconds, dense, dense_seconds = common.denoise(run, args)                                  # x (1, N, 4 z)
-    del flux
-    autoencoder = load_part("autoencoder", config, folder, device, torch.float32)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):             # as the original
-        pictures = [autoencoder.decode(unpatchify(tokens.float(), h, w)).float().clamp(-1, 1)
-                    for tokens in (dense, x) if tokens is not None]                                      # (1, 3, height, width)
-
-    common.write_png(args.out, torch.cat(pictures, dim=3)[0], common.describe(args))
-    print(f"{args.out}: {args.width}x{args.height}, {args.steps} steps, seed {args.seed}, {time.perf_counter() - start:.1f} s")
-    if not args.dense:
-        attn, mlp, saved = work_done(config.flux, len(layout.static), h * w, args.plan, state)
-        print(f"recomputed {attn:.1%} of attention columns and {mlp:.1%} of MLP columns; saved {saved:.1%} of the operations")
+    pictures, reports = zip(*render(args.prompt, settings, args.compare))
+    media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings))
+    print(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
+          f"{time.perf_counter() - start:.1f} s")
+    ours = reports[-1]
+    if settings.sparsity:
+        print(f"recomputed {ours.attn:.1%} of attention columns and {ours.mlp:.1%} of MLP columns; "
+              f"saved {ours.saved:.1%} of the operations")
     if args.compare:
-        print(common.comparison(*pictures, dense_seconds, seconds))
+        dense, picture = (p[None] for p in pictures)                 # (1, 3, height, width) each
+        print(media.comparison(dense, picture, reports[0].seconds, ours.seconds))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

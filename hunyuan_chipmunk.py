@@ -3,7 +3,7 @@
     python hunyuan_chipmunk.py --prompt "a red circle moves left to right on a green background"
     python hunyuan_chipmunk.py --model 720p --prompt "a chipmunk stuffs a nut into its cheek, close-up"
 
-What happens, top to bottom of this file:
+What happens (`render`, near the end of this file, is this sequence):
 
     prompt --Llama-> text tokens (B, T, 4096)       behind a template that asks for a description
            --CLIP--> one vector (B, 768)            modulates every block, with the time and the guidance
@@ -11,10 +11,10 @@ What happens, top to bottom of this file:
     `steps` times:  v = Hunyuan(x, sigma, text);  x += (sigma_next - sigma) v      flow matching, Euler
     x --causal 3D decoder-> frames                  in tiles of space and time, which fade into each other
 
-Chipmunk changes one call of a block: `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, state, step)` for the rows of
-the video, which are nearly all. It recomputes only the columns (keys) that are attended to most and adds them to what the last
-steps left in `state` (cache.py). A group of 128 rows shares its columns, so the tokens run through the blocks voxel by voxel,
-4 x 4 x 8 = 128 of them each (voxel.py). With `state=None` this is plain HunyuanVideo.
+Chipmunk changes one call of a block: `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, layer_state, step)` for
+the rows of the video, which are nearly all. It recomputes only the columns (keys) that are attended to most and adds
+them to what the last steps left in `layer_state` (cache.py). A group of 128 rows shares its columns, so the tokens run
+through the blocks voxel by voxel, 4 x 4 x 8 = 128 of them each (voxel.py). Without a state this is plain HunyuanVideo.
 
 HunyuanVideo: Tencent, github.com/Tencent/HunyuanVideo, arXiv 2412.03603. Chipmunk: arXiv 2506.03275.
 """
@@ -22,17 +22,21 @@ import math
 import time
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-import common
-from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_state
+import checkpoints
+import cli
+import media
+from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_plan, make_state, until_sparse
 from sparse_kernels import GROUP
-from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder, load_clip_tokenizer,
-                           load_t5_tokenizer, tokenize)
+from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
+                           load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
 
 # ---------------------------------------------------------------------------------------------------------
@@ -68,7 +72,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class Config:
-    weights: str               # folder beside this file, or Hub repository
+    weights: str | Path        # folder, or Hugging Face repository
     hunyuan: HunyuanConfig
     vae: VAEConfig
     llama: LlamaConfig
@@ -90,17 +94,18 @@ FILES = {"llama": "text_encoder/model.safetensors", "clip": "text_encoder_2/mode
          "hunyuan": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
-# As the original's preset; --measure-steps and --skip-steps choose other steps. The tiny model measures more of its early steps, which
-# change fastest: dense attention costs it little, and the README's table says what that does to the video.
-HUNYUAN_SPARSITY = Sparsity(attn_keys=0.05, attn_random=0.01, mlp_keys=0.0, mlp_random=0.0, delta="mass",
+# As the original's preset; --measure-steps and --skip-steps choose other steps. The tiny model measures more of its
+# early steps, which change fastest: dense attention costs it little, and the README's table says what that does.
+HUNYUAN_SPARSITY = Sparsity(attn_keep=0.05, attn_random=0.01, mlp_keep=0.0, mlp_random=0.0, delta="mass",
                             measure=(1, 10, 40), skip="video")
 
 CONFIGS = {
     "tiny": Config(
-        weights="weights/hunyuan-tiny",
-        hunyuan=HunyuanConfig(z=16, text_dim=96, pooled_dim=64, dim=192, heads=3, ff=384, dual_blocks=2, single_blocks=6,
-                              refiner_blocks=1, axes=(16, 24, 24)),
-        vae=VAEConfig(channels=24, multipliers=(1, 2, 2, 2), blocks=1, z=16, groups=2, scale=1.0),   # with 8 groups a background's colour hardly passes
+        weights=Path(__file__).parent / "weights/hunyuan-tiny",
+        hunyuan=HunyuanConfig(z=16, text_dim=96, pooled_dim=64, dim=192, heads=3, ff=384, dual_blocks=2,
+                              single_blocks=6, refiner_blocks=1, axes=(16, 24, 24)),
+        vae=VAEConfig(channels=24, multipliers=(1, 2, 2, 2), blocks=1, z=16,
+                      groups=2, scale=1.0),                          # 8 groups hardly let a background's colour pass
         llama=LlamaConfig(vocab=512, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
         template="<|start_header_id|>{}<|eot_id|>", crop=2,          # <|begin_of_text|> and <|start_header_id|>
@@ -118,7 +123,8 @@ CONFIGS = {
                  "4. background environment, light, style and atmosphere."
                  "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
                  "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-        crop=95, text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0, sparsity=HUNYUAN_SPARSITY),
+        crop=95, text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0,
+        sparsity=HUNYUAN_SPARSITY),
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -138,10 +144,10 @@ def make_layout(config, grid, text_length, device="cpu"):
     """Token order, RoPE tables and static columns of a `grid` (t, h, w) of video tokens and the text behind it."""
     order = token_order(grid, VOXEL).to(device)                      # (N,)
     ids = torch.stack(torch.unravel_index(order, grid), dim=-1)      # (N, 3): frame, row, column
-    ids = F.pad(ids, (0, 0, 0, text_length))                         # (N + T, 3): text stands at 0, 0, 0, which rotates nothing
+    ids = F.pad(ids, (0, 0, 0, text_length))                         # (N + T, 3): text at 0, 0, 0, so not rotated
     angles = []
     for axis, dim in enumerate(config.axes):
-        omega = 256.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)    # (dim / 2,)
+        omega = 256.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)      # (dim / 2,)
         angles.append(ids[:, axis, None] * omega)                    # (N + T, dim / 2)
     angles = torch.cat(angles, dim=-1)                               # (N + T, D / 2)
     static = torch.arange(len(ids), device=device) >= len(order)
@@ -156,8 +162,9 @@ def apply_rope(x, rope):
 
 
 def sinusoid(t, dim=256):
-    """Time or guidance t (B,) -> (B, dim) float32. The factor 1000 is applied in t's own precision, as the original does:
-    in bf16 a guidance of 6 becomes 6016, and the trained model expects that. (diffusers leaves the factor to its caller.)"""
+    """Time or guidance t (B,) -> (B, dim) float32. The factor 1000 is applied in t's own precision, as the original
+    does: in bf16 a guidance of 6 becomes 6016, and the trained model expects that. (diffusers leaves the factor to its
+    caller.)"""
     omega = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, device=t.device) / (dim // 2))  # (dim / 2,)
     angles = (1000.0 * t)[:, None].float() * omega                   # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -195,8 +202,8 @@ class Modulation(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Layer norm without weights of its own, then this step's shift and scale, in float32 as under the original's autocast.
-    x (B, N, C)."""
+    """Layer norm without weights of its own, then this step's shift and scale, in float32 as under the original's
+    autocast. x (B, N, C)."""
     return ((1 + scale) * F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) + shift).to(x.dtype)
 
 
@@ -223,15 +230,16 @@ def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def joint_attention(q, k, v, rope, mask, state, step, video):
-    """q, k, v (B, H, N + T, D), of which the first `video` = N rows are the video's -> (B, N + T, C). mask (B, 1, 1, N + T) bool
-    or None. Chipmunk serves the video's rows; the few text rows are dense and see everything."""
+def joint_attention(q, k, v, rope, mask, layer_state, step, n_video):
+    """q, k, v (B, H, N + T, D), of which the first n_video = N rows are the video's -> (B, N + T, C).
+    mask (B, 1, 1, N + T) bool or None. Chipmunk serves the video's rows; the few text rows are dense and see all."""
     q, k = apply_rope(q, rope), apply_rope(k, rope)
-    if state is None:
+    if layer_state is None:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
-        o = torch.cat([chipmunk_attention(q[:, :, :video], k, v, state, step),
-                       F.scaled_dot_product_attention(q[:, :, video:], k, v)], dim=2)
+        video_o = chipmunk_attention(q[:, :, :n_video], k, v, layer_state, step)             # (B, H, N, D)
+        text_o = F.scaled_dot_product_attention(q[:, :, n_video:], k, v)                     # (B, H, T, D)
+        o = torch.cat([video_o, text_o], dim=2)                                              # (B, H, N + T, D)
     return o.transpose(1, 2).flatten(2)
 
 
@@ -251,7 +259,8 @@ class RefinerBlock(nn.Module):
         """x (B, T, C), vec (B, C), mask (B, 1, 1, T) bool or None -> x."""
         gate1, gate2 = self.norm_out(vec)
         h = self.norm1(x)
-        q, k, v = (split_heads(f(h), self.heads) for f in (self.attn.to_q, self.attn.to_k, self.attn.to_v))  # (B, H, T, D) each
+        attn = self.attn
+        q, k, v = (split_heads(f(h), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))     # (B, H, T, D) each
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + gate1 * self.attn.to_out[0](o.transpose(1, 2).flatten(2))        # (B, T, C)
         return x + gate2 * self.ff(self.norm2(x), F.silu)
@@ -265,13 +274,15 @@ class TokenRefiner(nn.Module):
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": Embedder(256, config.dim),
                                               "text_embedder": Embedder(config.text_dim, config.dim)})
         self.proj_in = nn.Linear(config.text_dim, config.dim)
-        self.token_refiner = nn.ModuleDict({"refiner_blocks": nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))})
+        blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))
+        self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
 
     def forward(self, text, t, mask):
         """text (B, T, text_dim), t (B,), mask (B, T) bool or None -> (B, T, C)."""
         weight = text.new_ones(text.shape[:2]) if mask is None else mask                         # (B, T)
         mean = (text.float() * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)           # (B, text_dim)
-        vec = self.time_text_embed.timestep_embedder(sinusoid(t)) + self.time_text_embed.text_embedder(mean)     # (B, C)
+        embed = self.time_text_embed
+        vec = embed.timestep_embedder(sinusoid(t)) + embed.text_embedder(mean)                   # (B, C)
         x = self.proj_in(text)
         for block in self.token_refiner.refiner_blocks:
             x = block(x, vec, mask if mask is None else mask[:, None, None])
@@ -286,23 +297,26 @@ class DualBlock(nn.Module):
         self.heads = config.heads
         self.norm1 = Modulation(config.dim, 6)
         self.norm1_context = Modulation(config.dim, 6)
-        self.attn = make_attention(config, ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out"),
-                                   ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+        linears = "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out"
+        self.attn = make_attention(config, linears, ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
         self.ff = MLP(config.dim, config.ff)
         self.ff_context = MLP(config.dim, config.ff)
 
-    def forward(self, video, text, vec, rope, mask, state, step):
+    def forward(self, video, text, vec, rope, mask, layer_state, step):
         """video (B, N, C), text (B, T, C), vec (B, C) -> video, text."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(vec)
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(vec)
         attn, n = self.attn, video.shape[1]
 
         x, c = modulate(video, shift1, scale1), modulate(text, text_shift1, text_scale1)
-        q, k, v = (split_heads(f(x), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))                         # (B, H, N, D)
-        cq, ck, cv = (split_heads(f(c), self.heads) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))    # (B, H, T, D)
-        q = torch.cat([attn.norm_q(q), attn.norm_added_q(cq)], dim=2)                                                # (B, H, N + T, D)
-        k = torch.cat([attn.norm_k(k), attn.norm_added_k(ck)], dim=2)
-        o = joint_attention(q, k, torch.cat([v, cv], dim=2), rope, mask, state, step, n)                             # (B, N + T, C)
+        projections = attn.to_q, attn.to_k, attn.to_v
+        text_projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        q, k, v = (split_heads(f(x), self.heads) for f in projections)               # (B, H, N, D) each
+        text_q, text_k, text_v = (split_heads(f(c), self.heads) for f in text_projections)   # (B, H, T, D) each
+        q = torch.cat([attn.norm_q(q), attn.norm_added_q(text_q)], dim=2)            # (B, H, N + T, D)
+        k = torch.cat([attn.norm_k(k), attn.norm_added_k(text_k)], dim=2)
+        v = torch.cat([v, text_v], dim=2)
+        o = joint_attention(q, k, v, rope, mask, layer_state, step, n)               # (B, N + T, C)
 
         video = video + gate1 * attn.to_out[0](o[:, :n])
         text = text + text_gate1 * attn.to_add_out(o[:, n:])
@@ -322,12 +336,14 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(config.dim, config.ff)
         self.proj_out = nn.Linear(config.dim + config.ff, config.dim)
 
-    def forward(self, x, vec, rope, mask, state, step, video):
-        """x (B, N + T, C), vec (B, C), video = N -> x."""
+    def forward(self, x, vec, rope, mask, layer_state, step, n_video):
+        """x (B, N + T, C), vec (B, C), n_video = N -> x."""
         shift, scale, gate = self.norm(vec)
         h = modulate(x, shift, scale)
-        q, k, v = (split_heads(f(h), self.heads) for f in (self.attn.to_q, self.attn.to_k, self.attn.to_v))  # (B, H, N + T, D) each
-        o = joint_attention(self.attn.norm_q(q), self.attn.norm_k(k), v, rope, mask, state, step, video)     # (B, N + T, C)
+        attn = self.attn
+        q, k, v = (split_heads(f(h), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))     # (B, H, N + T, D) each
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        o = joint_attention(q, k, v, rope, mask, layer_state, step, n_video)     # (B, N + T, C)
         mlp = F.gelu(self.proj_mlp(h), approximate="tanh")                       # (B, N + T, ff)
         return x + gate * self.proj_out(torch.cat([o, mlp], dim=-1))
 
@@ -351,37 +367,39 @@ class Hunyuan(nn.Module):
     def forward(self, x, t, text, pooled, guidance, layout, mask=None, state=None, step=None):
         """The velocity at x: noise - video.
 
-        x (B, z, t, 2h, 2w) latents; t (B,) float32, t = 1 is pure noise; text (B, T, text_dim) from Llama; pooled (B, pooled_dim)
-        from CLIP; guidance (B,) in the model's dtype; layout from make_layout.
-        mask: (B, T) bool, False at padding, for a batch of prompts of several lengths; None where every text token is real.
-        state: a ModelState to run Chipmunk with, and step, what to do now; None: plain dense.
+        x (B, z, t, 2h, 2w) latents; t (B,) float32, t = 1 is pure noise; text (B, T, text_dim) from Llama; pooled
+        (B, pooled_dim) from CLIP; guidance (B,) in the model's dtype; layout from make_layout.
+        mask: (B, T) bool, False at padding, for prompts of several lengths; None: every text token is real.
+        state: a ModelState to run Chipmunk with; step: what to do now. None: plain dense.
         -> (B, z, t, 2h, 2w). Raises ValueError for a mask with a state: a column list must not hold padding.
         """
         if mask is not None and state is not None:
             raise ValueError("no mask with a state: cut the padding off")
         embed = self.time_text_embed
-        vec = embed.timestep_embedder(sinusoid(t)) + embed.guidance_embedder(sinusoid(guidance)) + embed.text_embedder(pooled)   # (B, C)
+        vec = embed.timestep_embedder(sinusoid(t)) + embed.guidance_embedder(sinusoid(guidance))
+        vec = vec + embed.text_embedder(pooled)                                  # (B, C)
         if step is None or not step.skip:
             hidden = self.blocks(x, t, text, vec, layout, mask, state, step)     # (B, N, C)
             if state is not None:
                 state.hidden = hidden
-        else:                                                        # step caching: only the final layer sees the new time
+        else:                                                        # step caching: only the final layer runs
             hidden = state.hidden
         scale, shift = self.norm_out(vec)                            # in this order, as published
         return unpatchify(self.proj_out(modulate(hidden, shift, scale))[:, layout.inverse], layout.grid)
 
     def blocks(self, x, t, text, vec, layout, mask, state, step):
-        layers = state.layers if state else [None] * (len(self.transformer_blocks) + len(self.single_transformer_blocks))
+        n_layers = len(self.transformer_blocks) + len(self.single_transformer_blocks)
+        layers = state.layers if state else [None] * n_layers
         video = self.x_embedder.proj(x).flatten(2).transpose(1, 2)[:, layout.order]      # (B, N, C)
         text = self.context_embedder(text, t, mask)                  # (B, T, C)
         n = video.shape[1]
         if mask is not None:                                         # of columns: nothing attends to padding
             mask = F.pad(mask, (n, 0), value=True)[:, None, None]    # (B, 1, 1, N + T)
-        for block, layer in zip(self.transformer_blocks, layers):
-            video, text = block(video, text, vec, layout.rope, mask, layer, step)
+        for block, layer_state in zip(self.transformer_blocks, layers):
+            video, text = block(video, text, vec, layout.rope, mask, layer_state, step)
         x = torch.cat([video, text], dim=1)                          # (B, N + T, C)
-        for block, layer in zip(self.single_transformer_blocks, layers[len(self.transformer_blocks):]):
-            x = block(x, vec, layout.rope, mask, layer, step, n)
+        for block, layer_state in zip(self.single_transformer_blocks, layers[len(self.transformer_blocks):]):
+            x = block(x, vec, layout.rope, mask, layer_state, step, n)
         return x[:, :n]
 
 
@@ -391,14 +409,14 @@ def unpatchify(x, grid):
     return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)   # (B, z, t, 2h, 2w)
 
 # ---------------------------------------------------------------------------------------------------------
-# the VAE: names are those of hunyuanvideo-community/HunyuanVideo's vae. Causal: a frame sees itself and earlier ones (but
-# GroupNorm takes its statistics over all). The first frame stands alone, every four after it become one.
+# the VAE: names are those of hunyuanvideo-community/HunyuanVideo's vae. Causal: a frame sees itself and earlier ones
+# (but GroupNorm takes its statistics over all). The first frame stands alone, every four after it become one.
 
 
 class CausalConv(nn.Module):
     def __init__(self, inputs, outputs, size=3, stride=1):
         super().__init__()
-        self.padding = (size // 2,) * 4 + (size - 1, 0)              # x and y on both sides, time before the first frame only
+        self.padding = (size // 2,) * 4 + (size - 1, 0)              # x and y on both sides, time at the front only
         self.conv = nn.Conv3d(inputs, outputs, size, stride)
 
     def forward(self, x):
@@ -431,7 +449,7 @@ class AttentionBlock(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x):
-        """x (B, C, t, h, w). Pixels attend to their own frame and the earlier ones: frame after frame, that needs no mask."""
+        """x (B, C, t, h, w). Pixels attend to their own frame and the earlier ones; frame by frame, without a mask."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]   # (B, 1, thw, C)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         n = x.shape[3] * x.shape[4]
@@ -441,7 +459,7 @@ class AttentionBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half or double the height and width of x (B, C, t, h, w), and where the stride says so its frames but the first."""
+    """Half or double the height and width of x (B, C, t, h, w) and, if the stride says so, its frames but the first."""
 
     def __init__(self, channels, stride, up):
         super().__init__()
@@ -475,7 +493,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
         self.conv_in = CausalConv(3, widths[0])
-        self.down_blocks = nn.ModuleList(level(a, b, config.blocks, config.groups) for a, b in zip(widths[:1] + widths, widths))
+        self.down_blocks = nn.ModuleList(level(inputs, outputs, config.blocks, config.groups)
+                                         for inputs, outputs in zip(widths[:1] + widths, widths))
         for stage, width, stride in zip(self.down_blocks, widths, config.strides):
             stage["downsamplers"] = nn.ModuleList([Resample(width, stride, up=False)])
         self.mid_block = MidBlock(widths[-1], config.groups)
@@ -496,7 +515,8 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in reversed(config.multipliers)]
         self.conv_in = CausalConv(config.z, widths[0])
         self.mid_block = MidBlock(widths[0], config.groups)
-        self.up_blocks = nn.ModuleList(level(a, b, config.blocks + 1, config.groups) for a, b in zip(widths[:1] + widths, widths))
+        self.up_blocks = nn.ModuleList(level(inputs, outputs, config.blocks + 1, config.groups)
+                                       for inputs, outputs in zip(widths[:1] + widths, widths))
         for stage, width, stride in zip(self.up_blocks, widths, config.strides):
             stage["upsamplers"] = nn.ModuleList([Resample(width, stride, up=True)])
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
@@ -511,8 +531,8 @@ class Decoder(nn.Module):
 
 
 def fade(before, tile, overlap, dim):
-    """Fade from the end of the tile before into the start of this one (which changes in place), over their overlap along
-    dim = -3 (time), -2 (y) or -1 (x)."""
+    """Fade from the end of the tile before into the start of this one (which changes in place), over their overlap
+    along dim = -3 (time), -2 (y) or -1 (x)."""
     n = min(before.shape[dim], tile.shape[dim], overlap)
     ramp = (torch.arange(n, device=tile.device, dtype=tile.dtype) / n).view(-1, *[1] * (-1 - dim))
     start = tile.narrow(dim, 0, n)
@@ -529,8 +549,8 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv3d(config.z, config.z, 1)
 
     def encode(self, video):
-        """video (B, 3, 1 + 4n, 8h, 8w) in -1..1 -> latents (B, z, 1 + n, h, w): the mean of their distribution, scaled."""
-        mean, _ = self.quant_conv(self.encoder(video)).chunk(2, dim=1)           # (B, z, 1 + n, h, w): mean and log variance
+        """video (B, 3, 1 + 4n, 8h, 8w) in -1..1 -> latents (B, z, 1 + n, h, w): their distribution's mean, scaled."""
+        mean, _ = self.quant_conv(self.encoder(video)).chunk(2, dim=1)           # (B, z, 1 + n, h, w) each
         return self.config.scale * mean
 
     def decode(self, latents):
@@ -538,9 +558,10 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents / self.config.scale))
 
     def decode_pieces(self, latents):
-        """decode in bounded memory: yields the video's next frames (B, 3, some, 8h, 8w), several times. What fits into one tile
-        is decoded at once. Sizes and overlaps are the original's; diffusers' are shorter in time (4 latents, not 16)."""
-        size, frames = self.config.tile_frames, latents.shape[2]
+        """decode in bounded memory: yields the video's next frames (B, 3, some, 8h, 8w), several times. What fits into
+        one tile is decoded at once. Sizes and overlaps are the original's; diffusers' are shorter in time (4 latents,
+        not 16)."""
+        size, frames, before = self.config.tile_frames, latents.shape[2], None
         stride = size * 3 // 4 if frames > size else frames
         for i in range(0, max(1, frames - 1), stride):
             chunk = self.decode_rows(latents[:, :, i:i + size + 1])  # a first frame, and `size` latents of four
@@ -572,59 +593,149 @@ class VAE(nn.Module):
 
 
 def make_sigmas(steps, shift):
-    """Noise levels from 1 (pure noise) to 0, `steps` + 1 of them, more of them near 1 the larger the shift. (The original runs
-    in this direction with its --flow-reverse, which its published commands pass.)"""
+    """Noise levels from 1 (pure noise) to 0, `steps` + 1 of them, more of them near 1 the larger the shift. (The
+    original runs in this direction with its --flow-reverse, which its published commands pass.)"""
     sigmas = torch.linspace(1, 0, steps + 1)
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def make_noise(z, grid, seed):
-    """(1, z, t, 2h, 2w) for a grid (t, h, w) of tokens; drawn in fp16 as the original does, but always on the CPU, so that a
-    seed is the same noise on any device and in any precision."""
+    """(1, z, t, 2h, 2w) for a grid (t, h, w) of tokens; drawn in fp16 as the original does, but always on the CPU, so
+    that a seed is the same noise on any device and in any precision."""
     t, h, w = grid
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(1, z, t, 2 * h, 2 * w, generator=generator, dtype=torch.float16)
 
 
-def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None, progress=iter):
-    """Euler steps from noise x (B, z, t, 2h, 2w) float32, which they stay, to latents; the model runs in text's dtype. Dense
-    without plan and state."""
+def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):
+    """Euler steps from noise x (B, z, t, 2h, 2w) float32 to latents, in float32; the model runs in text's dtype. plan:
+    an iterable of Step; dense without plan and state. -> (B, z, t, 2h, 2w)"""
     guidance = text.new_full((x.shape[0],), guidance)                # (B,)
-    steps = plan or [None] * (len(sigmas) - 1)
-    for step, sigma, sigma_next in zip(progress(steps), sigmas[:-1].tolist(), sigmas[1:].tolist()):
+    plan = plan or [None] * (len(sigmas) - 1)
+    for step, sigma, sigma_next in zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist()):
         t = x.new_full((x.shape[0],), sigma)                         # (B,)
         v = model(x.to(text.dtype), t, text, pooled, guidance, layout, state=state, step=step)
         x = x + (sigma_next - sigma) * v.float()
     return x
 
 # ---------------------------------------------------------------------------------------------------------
-# prompt in, video out
+# generate: prompt in, video out
+
+
+def generate(prompt, *, model="tiny", weights=None, width=None, height=None, frames=None, steps=None, guidance=None,
+             seed=0, sparsity=None, dense=False, device=None, dtype=None):
+    """Make a video of a prompt -> list of PIL images, its frames.
+
+    model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
+    sparsity: a cache.Sparsity for this many steps. dense: recompute everything. device: "cpu", "cuda", ...
+    dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail for what cannot be done."""
+    settings = cli.Settings(model=model, weights=weights, width=width, height=height, frames=frames, steps=steps,
+                            guidance=guidance, seed=seed, sparsity=sparsity, dense=dense, device=device, dtype=dtype)
+    (video, _), = render(prompt, cli.fill(settings, CONFIGS))
+    return [media.to_image(frame) for frame in video]
+
+
+class Report(NamedTuple):
+    seconds: float             # of all steps, without encoding and decoding
+    attn: float                # share of the video's attention columns that were recomputed
+    saved: float               # share of floating-point operations saved
+
+
+@torch.no_grad()
+def render(prompt, settings, compare=False):
+    """The whole way from a prompt to a video and its Report, with filled settings. A video is an iterator of frames
+    (3, height, width) in -1..1, which are decoded as they are asked for.
+    -> [(video, Report)]; with compare two of them from the same noise, first the dense one."""
+    config = CONFIGS[settings.model]
+    device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
+    grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16                 # (t, h, w) in tokens
+    n_video = math.prod(grid)
+    check(prompt, settings, folder, n_video)
+
+    text, _, pooled = encode_prompts([prompt], config, folder, device, dtype)    # (1, T, text_dim), (1, pooled_dim)
+    layout = make_layout(config.hunyuan, grid, text.shape[1], device)
+    noise = make_noise(config.hunyuan.z, grid, settings.seed).to(device).float() # (1, z, t, 2h, 2w)
+    sigmas = make_sigmas(settings.steps, config.shift)
+    hunyuan = load_part("hunyuan", config, folder, device, dtype)
+    layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
+
+    results = []
+    for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
+        plan = make_plan(settings.steps, sparsity)
+        if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
+            state = make_state(layers, sparsity, layout.static, settings.seed)
+            sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
+        start = time.perf_counter()
+        state = make_state(layers, sparsity, layout.static, settings.seed)
+        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
+        x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
+        x.sum().item()                                               # wait for the device
+        seconds = time.perf_counter() - start
+        attn, saved = work_done(config.hunyuan, n_video, text.shape[1], plan, state)
+        results.append((x, Report(seconds, attn, saved)))
+    del hunyuan, state
+
+    vae = load_part("vae", config, folder, device, vae_dtype(settings))
+    return [(decode(vae, x), report) for x, report in results]
+
+
+def vae_dtype(settings):
+    """float16 on a GPU, as the original, unless the transformer is float32 too."""
+    half = settings.dtype == torch.bfloat16 and settings.device.type == "cuda"
+    return torch.float16 if half else torch.float32
+
+
+@torch.no_grad()
+def decode(vae, latents):
+    """latents (1, z, t, h, w) -> one frame (3, 8h, 8w) after the other, on the CPU."""
+    dtype = next(vae.parameters()).dtype
+    with torch.autocast(latents.device.type, dtype=torch.float16, enabled=dtype == torch.float16):
+        for piece in vae.decode_pieces(latents.to(dtype)):           # (1, 3, some, 8h, 8w)
+            yield from piece[0].transpose(0, 1).float().clamp(-1, 1).cpu()
+
+
+def check(prompt, settings, folder, n_video):
+    """Find everything that can be wrong before a network is loaded. Raises Fail."""
+    config, dtype = CONFIGS[settings.model], settings.dtype
+    cli.check_prompt(prompt)
+    for part, make in parts(config).items():
+        precision = vae_dtype(settings) if part == "vae" else dtype
+        caches = 0
+        if part == "hunyuan" and settings.sparsity:
+            caches = cache_bytes(config.hunyuan, settings.sparsity, n_video, config.text_length, dtype)
+        checkpoints.check_memory(make, precision, settings.device, caches)
+    for part, make in parts(config).items():
+        checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
 
 
 def encode_text(llama, ids, mask, crop):
-    """ids (B, L), mask (B, L) of prompts in their template -> states (B, T, text_dim), mask (B, T): without the template's first
-    `crop` tokens and without what is padding in every prompt: one prompt alone has no padding left."""
+    """ids (B, L), mask (B, L) of prompts in their template -> states (B, T, text_dim), mask (B, T), without the
+    template's first `crop` tokens and without what is padding in every prompt. One prompt alone has no padding left."""
     length = mask.sum(1).max()
     return llama(ids[:, :length])[:, crop:], mask[:, crop:length]
 
 
 def encode_prompts(prompts, config, folder, device, dtype):
-    """prompts -> Llama states (B, T, text_dim), their mask (B, T), CLIP vectors (B, pooled_dim). The encoders are loaded, used and
-    freed; they run in fp16 where the transformer runs in bf16, as the original's do."""
-    llama_file, *clip_files = common.weight_files(folder, ["tokenizer/tokenizer.json", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt"])
-    llama_tokenizer = common.load_tokenizer(load_t5_tokenizer, llama_file)
-    clip_tokenizer = common.load_tokenizer(load_clip_tokenizer, clip_files[0].parent)
+    """prompts -> Llama states (B, T, text_dim), their mask (B, T), CLIP vectors (B, pooled_dim). Loads the encoders and
+    frees them. They run in fp16 if the transformer runs in bf16, as the original's do."""
+    files = ["tokenizer/tokenizer.json", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt"]
+    llama_file, vocab, _ = checkpoints.weight_files(folder, files)
+    llama_tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, llama_file)
+    clip_tokenizer = checkpoints.load_tokenizer(load_clip_tokenizer, vocab.parent)
+    end = clip_tokenizer.token_to_id("<|endoftext|>")
     texts = [config.template.format(prompt.strip()) for prompt in prompts]
-    llama_ids, mask, llama_cut = tokenize(llama_tokenizer, texts, config.crop + config.text_length, 0)       # (B, crop + text_length)
-    clip_ids, _, clip_cut = tokenize(clip_tokenizer, prompts, config.clip.length, clip_tokenizer.token_to_id("<|endoftext|>"))
+    length = config.crop + config.text_length
+    llama_ids, mask, llama_cut = tokenize(llama_tokenizer, texts, length, 0)                     # (B, length)
+    clip_ids, _, clip_cut = tokenize(clip_tokenizer, prompts, config.clip.length, end)
     for name, cut in ("Llama", llama_cut), ("CLIP", clip_cut):
         if max(cut):
-            common.note(f"the prompt is too long for {name}: its last {max(cut)} tokens were cut")
+            cli.note(f"the prompt is too long for {name}: its last {max(cut)} tokens were cut")
     half = torch.float16 if dtype == torch.bfloat16 else dtype
     llama = load_part("llama", config, folder, device, half)
-    text, mask = encode_text(llama, llama_ids.to(device), mask.to(device), config.crop)                      # (B, T, text_dim), (B, T)
+    text, mask = encode_text(llama, llama_ids.to(device), mask.to(device), config.crop)  # (B, T, text_dim), (B, T)
     del llama
-    pooled = load_part("clip", config, folder, device, half)(clip_ids.to(device))[1]                         # (B, pooled_dim)
+    clip = load_part("clip", config, folder, device, half)
+    pooled = clip(clip_ids.to(device))[1]                                                        # (B, pooled_dim)
     return text.to(dtype), mask, pooled.to(dtype)
 
 
@@ -636,77 +747,60 @@ def parts(config):
 
 def load_part(part, config, folder, device, dtype):
     """One of the four networks, with its weights."""
-    return common.load_weights(parts(config)[part], common.sharded_files(folder, FILES[part]), device, dtype)
+    files = checkpoints.sharded_files(folder, FILES[part])
+    return checkpoints.load_weights(parts(config)[part], files, device, dtype)
 
 
-def cache_bytes(config, sparsity, video, text, dtype):
-    """What Chipmunk remembers for `video` and `text` tokens: per layer the attention's rest and the lists of columns."""
+def cache_bytes(config, sparsity, n_video, n_text, dtype):
+    """What Chipmunk remembers for n_video and n_text tokens: in each layer the attention's rest and the lists of
+    columns."""
     layers = config.dual_blocks + config.single_blocks - sparsity.dense_layers
-    listed = math.ceil((sparsity.attn_keys + sparsity.attn_random) * (video + text)) + text
-    return layers * (video * config.dim * dtype.itemsize + math.ceil(video / GROUP) * config.heads * listed * 4)
+    list_length = math.ceil((sparsity.attn_keep + sparsity.attn_random) * (n_video + n_text)) + n_text
+    rest = n_video * config.dim * dtype.itemsize
+    lists = math.ceil(n_video / GROUP) * config.heads * list_length * 4
+    return layers * (rest + lists)
 
 
-def work_done(config, video, text, plan, state):
-    """Shares of the video's attention columns that a generation recomputed, and of floating-point operations it saved."""
-    run, tokens = sum(not step.skip for step in plan), video + text
-    attn = sum(run if layer is None else float(layer.attn_work) for layer in state.layers)
-    attn_flops, text_flops = 4 * video * tokens * config.dim, 4 * text * tokens * config.dim       # one attention of a layer: by rows
-    rest = (8 * config.dim**2 + 4 * config.dim * config.ff) * tokens                                 # projections and MLP
-    everything = len(plan) * len(state.layers)
-    dense = (attn_flops + text_flops + rest) * everything
-    return attn / everything, 1 - (attn_flops * attn + (text_flops + rest) * run * len(state.layers)) / dense
+def work_done(config, n_video, n_text, plan, state):
+    """Shares of the video's attention columns that a generation recomputed, and of floating-point operations it
+    saved."""
+    if state is None:                                                # all was dense
+        return 1.0, 0.0
+    run, tokens, n_layers = sum(not step.skip for step in plan), n_video + n_text, len(state.layers)
+    attn = sum(run if layer_state is None else float(layer_state.attn_work) for layer_state in state.layers)
+    all_attn = len(plan) * n_layers
+
+    attn_flops = 4 * n_video * tokens * config.dim                   # the video's rows of one attention
+    text_flops = 4 * n_text * tokens * config.dim                    # the text's
+    linears = (8 * config.dim**2 + 4 * config.dim * config.ff) * tokens
+    others = text_flops + linears                                    # of a block
+    ours = attn_flops * attn + others * run * n_layers
+    return attn / all_attn, 1 - ours / ((attn_flops + others) * all_attn)
+
+# ---------------------------------------------------------------------------------------------------------
+# the command line
 
 
-@torch.no_grad()
 def main():
-    parser, _ = common.make_parser(__doc__, CONFIGS, video=True)
-    args, config = common.parse(parser, CONFIGS, "hunyuan")
-    device, dtype, folder = args.device, args.dtype, args.folder
-    vae_dtype = torch.float16 if dtype == torch.bfloat16 and device.type == "cuda" else torch.float32        # as the original
-
-    grid = args.frames // 4 + 1, args.height // 16, args.width // 16 # (t, h, w) in tokens
-    video = math.prod(grid)
-    caches = 0 if args.dense else cache_bytes(config.hunyuan, args.sparsity, video, config.text_length, dtype)
-    for part, make in parts(config).items():                         # everything that can be wrong is found before a network is loaded
-        common.check_memory(make, vae_dtype if part == "vae" else dtype, device, caches if part == "hunyuan" else 0)
-    for part, make in parts(config).items():
-        common.check_weights(make, common.sharded_files(folder, FILES[part]))
+    parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
+    args, settings = cli.parse(parser, CONFIGS)
+    out = media.check_out(args.out, "hunyuan", (".mp4", ".png") if settings.frames > 1 else (".png",))
 
     start = time.perf_counter()
-    text, _, pooled = encode_prompts([args.prompt], config, folder, device, dtype)
-    layout = make_layout(config.hunyuan, grid, text.shape[1], device)
-    hunyuan = load_part("hunyuan", config, folder, device, dtype)
-    noise = make_noise(config.hunyuan.z, grid, args.seed).to(device).float()                 # (1, z, t, 2h, 2w)
-    sigmas = make_sigmas(args.steps, config.shift)
-
-    def run(plan, progress):
-        layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
-        state = plan and make_state(layers, args.sparsity, layout.static, args.seed)
-        return sample(hunyuan, noise, text, pooled, args.guidance, sigmas, layout, plan, state, progress), state
-    x, state, seconds, dense, dense_seconds = common.denoise(run, args)                      # x (1, z, t, 2h, 2w)
-    del hunyuan
-    vae = load_part("vae", config, folder, device, vae_dtype)
-
-    def decode(latents):
-        """-> one frame (3, height, width) after the other"""
-        with torch.autocast(device.type, dtype=torch.float16, enabled=vae_dtype == torch.float16):
-            for piece in vae.decode_pieces(latents.to(vae_dtype)):
-                yield from piece[0].transpose(0, 1).float().clamp(-1, 1).cpu()
+    videos, reports = zip(*render(args.prompt, settings, args.compare))
+    video = videos[0]
     if args.compare:
-        a, b = (torch.stack(list(decode(latents))) for latents in (dense, x))                            # (frames, 3, height, width)
-        pictures = torch.cat([a, b], dim=3)
-    else:
-        pictures = decode(x)
-
-    common.write_video(args.out, pictures, args.fps, common.describe(args))
-    print(f"{args.out}: {args.width}x{args.height}, {args.frames} frames, {args.steps} steps, seed {args.seed}, "
-          f"{time.perf_counter() - start:.1f} s")
-    if not args.dense:
-        attn, saved = work_done(config.hunyuan, video, text.shape[1], args.plan, state)
-        print(f"recomputed {attn:.1%} of attention columns; saved {saved:.1%} of the operations")
+        dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
+        video = torch.cat([dense, ours], dim=3)
+    media.write_video(out, video, settings.fps, cli.describe(args, settings))
+    print(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
+          f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
+    if settings.sparsity:
+        report = reports[-1]
+        print(f"recomputed {report.attn:.1%} of attention columns; saved {report.saved:.1%} of the operations")
     if args.compare:
-        print(common.comparison(a, b, dense_seconds, seconds))
+        print(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

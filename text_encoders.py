@@ -209,8 +209,9 @@ class LlamaLayer(nn.Module):
     def forward(self, x, rope):
         h, attention, mlp = self.input_layernorm(x), self.self_attn, self.mlp
         q, k, v = (proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for proj in (attention.q_proj, attention.k_proj, attention.v_proj))  # (B, H, L, D), (B, H_kv, L, D) twice
-        o = F.scaled_dot_product_attention(rotate_halves(q, rope), rotate_halves(k, rope), v, is_causal=True, enable_gqa=True)
+                   for proj in (attention.q_proj, attention.k_proj, attention.v_proj))  # (B, H or H_kv, L, D) each
+        q, k = rotate_halves(q, rope), rotate_halves(k, rope)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)    # (B, H, L, D)
         x = x + attention.o_proj(o.transpose(1, 2).flatten(2))                          # (B, L, C)
         h = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))             # (B, L, C)

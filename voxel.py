@@ -1,7 +1,7 @@
 """Token orders: neighbours in space (and time) become neighbours in the sequence.
 
-A group of 128 query tokens shares its columns, so its tokens should want the same ones. Raster order puts a strip of
-an image row into a group; these orders put a patch (or, in a video, a voxel) there:
+A group of 128 query tokens shares its columns, so its tokens should want the same ones. In raster order a group is a
+strip of an image row. In these orders it is a patch, or in a video a voxel:
 
     raster  0  1  2  3        2x2 patches   0  1  4  5
             4  5  6  7     ->               2  3  6  7        (numbers: positions in the sequence)
@@ -37,9 +37,10 @@ def token_order(grid, *blocks):
 def local_windows(grid, block, side, order):
     """Which columns are near each group of tokens, in space and time.
 
-    grid, block: as in token_order, which made `order` (N,). side: odd. A group within one block gets the side x side x ...
-    blocks around it, moved inwards at the grid's edges so that none is lost. A group of left-over tokens, which spreads
-    over several (incomplete) blocks, gets just those; the original gives it the sequence's last columns.
+    grid, block: as in token_order, which made `order` (N,). side: odd. A group that lies in one block gets the
+    side x side x ... blocks around it; at the grid's edges these move inwards, so that there are always as many.
+    A group of left-over tokens lies in several (incomplete) blocks and gets just those; the original gives it the
+    sequence's last columns.
     -> (G, N) bool, groups and columns in `order`
     """
     n = [-(-g // b) for g, b in zip(grid, block)]                    # blocks along each axis, incomplete ones too

@@ -3,7 +3,7 @@
     python wan_chipmunk.py --prompt "a red circle moves left to right on a green background"
     python wan_chipmunk.py --model 1.3b --prompt "a chipmunk rides a skateboard through falling leaves"
 
-What happens, top to bottom of this file:
+What happens (`render`, near the end of this file, is this sequence):
 
     prompt, negative prompt --UMT5--> text tokens (B, L, 4096) each
     noise (B, z, t, h, w) --1x2x2 patches-> video tokens (B, N, C), in voxels of 4x4x8
@@ -11,10 +11,10 @@ What happens, top to bottom of this file:
                     latents move from one noise level to the next      flow matching, UniPC of order 2
     latents --causal 3D decoder, one latent frame after the other-> frames --H.264-> video
 
-Chipmunk changes one call of a block: self attention's `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, state,
-step)`, which recomputes only the columns that matter most and adds them to what the last steps left in `state` (cache.py).
-The two texts have a state each. Cross attention and the MLP stay dense, as in the original. With `state=None` this is
-plain Wan2.1.
+Chipmunk changes one call of a block: self attention's `attention(q, k, v)` becomes `chipmunk_attention(q, k, v,
+layer_state, step)`, which recomputes only the columns that matter most and adds them to what the last steps left in
+`layer_state` (cache.py). The two texts have a state each. Cross attention and the MLP stay dense, as in the original.
+Without a state this is plain Wan2.1.
 
 Wan2.1: Alibaba's Wan team, github.com/Wan-Video/Wan2.1. Chipmunk: arXiv 2506.03275.
 """
@@ -22,14 +22,18 @@ import html
 import math
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-import common
-from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_state
+import checkpoints
+import cli
+import media
+from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_plan, make_state, until_sparse
 from sparse_kernels import GROUP
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
@@ -64,7 +68,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class Config:
-    weights: str               # folder beside this file, or Hub repository
+    weights: str | Path        # folder, or Hugging Face repository
     wan: WanConfig
     vae: VAEConfig
     umt5: T5Config
@@ -85,9 +89,9 @@ FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion
          "vae": "vae/diffusion_pytorch_model.safetensors"}
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
-# As the original's preset; --measure-steps and --skip-steps choose other steps. The tiny model measures more of its early steps, which
-# change fastest: dense attention costs it little, and the README's table says what that does to the video.
-WAN_SPARSITY = Sparsity(attn_keys=0.10, attn_random=0.01, mlp_keys=0.0, mlp_random=0.0, delta="paper",
+# As the original's preset; --measure-steps and --skip-steps choose other steps. The tiny model measures more of its
+# early steps, which change fastest: dense attention costs it little, and the README's table says what that does.
+WAN_SPARSITY = Sparsity(attn_keep=0.10, attn_random=0.01, mlp_keep=0.0, mlp_random=0.0, delta="paper",
                         measure=(1, 10, 40), skip="video")
 
 WAN_VAE = VAEConfig(
@@ -97,20 +101,21 @@ WAN_VAE = VAEConfig(
     std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
          3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160))
 # "Garish colours, overexposed, static, blurred details, subtitles, style, artwork, painting, still, overall grey, worst
-# quality, JPEG artefacts, ugly, mutilated, extra fingers, badly drawn hands and faces, deformed, fused fingers, motionless
-# picture, cluttered background, three legs, crowd in the background, walking backwards"
+# quality, JPEG artefacts, ugly, mutilated, extra fingers, badly drawn hands and faces, deformed, fused fingers,
+# motionless picture, cluttered background, three legs, crowd in the background, walking backwards"
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
     "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
     "三条腿，背景人很多，倒着走")
 CONFIGS = {
     "tiny": Config(
-        weights="weights/wan-tiny",
+        weights=Path(__file__).parent / "weights/wan-tiny",
         wan=WanConfig(channels=16, text_dim=96, dim=192, heads=3, ff=768, layers=8),
         vae=VAEConfig(channels=24, multipliers=(1, 2, 2, 2), blocks=1, mean=(0.0,) * 16, std=(1.0,) * 16),
         umt5=T5Config(vocab=512, dim=96, heads=3, head_dim=32, ff=192, layers=2, per_layer_bias=True),
         text_length=64, negative_prompt="", width=256, height=256, frames=17, fps=8, steps=50, guidance=5.0, shift=3.0,
-        window=1, sparsity=replace(WAN_SPARSITY, measure=EARLY_STEPS)),    # 3x3x3 voxels would be most of so small a video
+        window=1,                                                    # 3x3x3 voxels would be most of so small a video
+        sparsity=replace(WAN_SPARSITY, measure=EARLY_STEPS)),
     "1.3b": Config(
         weights="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         wan=WanConfig(channels=16, text_dim=4096, dim=1536, heads=12, ff=8960, layers=30), vae=WAN_VAE, umt5=UMT5_XXL,
@@ -213,14 +218,15 @@ class Block(nn.Module):
             nn.Linear(config.ff, config.dim)])})
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
-    def forward(self, x, text, time, rope, state, step):
-        """x (B, N, C) and time (B, 6, C) float32, text (B, L, C) in the linears' precision -> x. As in the original, the
-        residual stream and the modulation are float32 whatever the linears are."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(6, dim=1)   # (B, 1, C) each
+    def forward(self, x, text, time, rope, layer_state, step):
+        """x (B, N, C) and time (B, 6, C) float32, text (B, L, C) in the linears' precision -> x. As in the original,
+        the residual stream and the modulation are float32 whatever the linears are."""
+        modulation = (self.scale_shift_table + time).chunk(6, dim=1)             # (B, 1, C) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         h = modulate(x, shift1, scale1).to(text.dtype)
         q, k, v = self.attn1.qkv(h, h)                               # (B, H, N, D) each
         q, k = apply_rope(q, rope).to(v.dtype), apply_rope(k, rope).to(v.dtype)
-        x = x + gate1 * self.attn1.out(chipmunk_attention(q, k, v, state, step))
+        x = x + gate1 * self.attn1.out(chipmunk_attention(q, k, v, layer_state, step))
 
         q, k, v = self.attn2.qkv(self.norm2(x).to(text.dtype), text) # (B, H, N, D), (B, H, L, D) twice
         x = x + self.attn2.out(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v))
@@ -248,8 +254,9 @@ class Wan(nn.Module):
     def forward(self, x, t, text, layout, state=None, step=None):
         """The velocity at x: noise - video.
 
-        x (B, channels, t, h, w) latents, h and w even; t (B,) timesteps, 1000 is pure noise; text (B, L, text_dim), padding
-        zero; layout from make_layout. state: a ModelState to run Chipmunk with, and step, what to do now; None: plain dense.
+        x (B, channels, t, h, w) latents, h and w even; t (B,) timesteps, 1000 is pure noise; text (B, L, text_dim),
+        padding zero; layout from make_layout. state: a ModelState to run Chipmunk with; step: what to do now. None:
+        plain dense.
         -> (B, channels, t, h, w) float32
         """
         time = self.condition_embedder.time_embedder(sinusoid(t, self.config.frequencies))       # (B, C)
@@ -257,21 +264,21 @@ class Wan(nn.Module):
             hidden = self.run_blocks(x, time, text, layout, state, step)                         # (B, N, C)
             if state is not None:
                 state.hidden = hidden
-        else:                                                        # step caching: only the final layer sees the new time
+        else:                                                        # step caching: only the final layer runs
             hidden = state.hidden
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)                  # (B, 1, C) each
         out = self.proj_out(modulate(hidden, shift, scale))[:, layout.inverse]                   # (B, N, 4 channels)
         out = out.unflatten(1, (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)).unflatten(-1, (2, 2, -1))
-        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4).float()                 # (B, channels, t, h, w)
+        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4).float()  # (B, channels, t, h, w)
 
     def run_blocks(self, x, time, text, layout, state, step):
-        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))                        # (B, C, t, h / 2, w / 2)
+        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))        # (B, C, t, h / 2, w / 2)
         x = x.flatten(2).transpose(1, 2)[:, layout.order].float()                                # (B, N, C)
         text = self.condition_embedder.text_embedder(text)                                       # (B, L, C)
         time = self.condition_embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))            # (B, 6, C)
         layers = state.layers if state else [None] * len(self.blocks)
-        for block, layer in zip(self.blocks, layers):
-            x = block(x, text, time, layout.rope, layer, step)
+        for block, layer_state in zip(self.blocks, layers):
+            x = block(x, text, time, layout.rope, layer_state, step)
         return x
 
 # ---------------------------------------------------------------------------------------------------------
@@ -348,7 +355,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width of x (B, C, t, h, w), and the frames after the video's first one where `time` says so."""
+    """Half the height and width of x (B, C, t, h, w) and, if `time`, the frames after the video's first one."""
 
     def __init__(self, channels, time):
         super().__init__()
@@ -369,7 +376,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the height and width of x (B, C, t, h, w), and the frames after the video's first one where `time` says so.
+    """Double the height and width of x (B, C, t, h, w) and, if `time`, the frames after the video's first one.
     -> (B, C / 2, ...)"""
 
     def __init__(self, channels, time):
@@ -460,7 +467,8 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, video):
-        """video (B, 3, 4 n + 1, 8 h, 8 w) in -1..1 -> latents (B, z, n + 1, h, w): the mean of their distribution, scaled."""
+        """video (B, 3, 4 n + 1, 8 h, 8 w) in -1..1 -> latents (B, z, n + 1, h, w): the mean of their distribution,
+        scaled."""
         mean, _ = self.quant_conv(self.encoder(video, {})).chunk(2, dim=1)       # mean and log variance
         return (mean - self.per_channel(self.config.mean, mean)) / self.per_channel(self.config.std, mean)
 
@@ -469,8 +477,8 @@ class VAE(nn.Module):
         return next(self.decode_pieces(latents, latents.shape[2]))
 
     def decode_pieces(self, latents, size=1):
-        """The same video in pieces of `size` latent frames: (B, 3, 1 + 4 (size - 1), ...), then (B, 3, 4 size, ...) each.
-        Memory does not grow with the video's length."""
+        """The same video in pieces of `size` latent frames: (B, 3, 1 + 4 (size - 1), ...), then (B, 3, 4 size, ...)
+        each. Memory does not grow with the video's length."""
         cache = {}
         z = latents * self.per_channel(self.config.std, latents) + self.per_channel(self.config.mean, latents)
         for piece in self.post_quant_conv(z).split(size, dim=2):
@@ -485,10 +493,11 @@ class VAE(nn.Module):
 
 def make_schedule(steps, shift):
     """Noise levels from almost 1 to 0, shifted towards noise, and the timesteps that the model is told: 1000 times the
-    level, cut to whole numbers. Both as in the original, which goes evenly from 0.999 to 0 before the shift; diffusers goes
-    from 1 to 0.001, and so is up to 4 timesteps off at a shift of 5.
+    level, cut to whole numbers. Both are as in the original, which goes evenly from 0.999 to 0 before the shift;
+    diffusers goes from 1 to 0.001, and so is up to 4 timesteps off at a shift of 5.
     -> sigmas (steps + 1,) float32, timesteps (steps,) int64"""
-    sigmas = torch.linspace(torch.tensor(0.999).item(), 0, steps + 1, dtype=torch.float64)       # its 0.999 is a float32
+    first = torch.tensor(0.999).item()                               # the original's is a float32
+    sigmas = torch.linspace(first, 0, steps + 1, dtype=torch.float64)
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     return sigmas.float(), (1000 * sigmas[:-1]).long()
 
@@ -497,7 +506,7 @@ def unipc(x, i, sigmas, past, target=None):
     """Move x from sigmas[i] to sigmas[i + 1].
 
     past: the last predictions of the video (x - sigma v), the newest at sigmas[i]: one for order 1, two for order 2.
-    target: the prediction at sigmas[i + 1], where it is known already (the corrector); None: extrapolate (the predictor)."""
+    target: the prediction at sigmas[i + 1] if it is known already (the corrector), or None (the predictor)."""
     sigmas = sigmas.double()
     log_snr = ((1 - sigmas) / sigmas).log().tolist()                 # infinite at the end
     h = log_snr[i + 1] - log_snr[i]
@@ -520,27 +529,110 @@ def unipc(x, i, sigmas, past, target=None):
 
 
 def make_noise(z, frames, height, width, seed):
-    """(1, z, frames, height, width) latents; always drawn on the CPU, so that a seed is the same noise on any device."""
+    """(1, z, frames, height, width) latents, always drawn on the CPU: a seed is the same noise on any device."""
     return torch.randn(1, z, frames, height, width, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None, progress=iter):
-    """UniPC from noise x (B, z, t, h, w) to latents. texts: of the prompt and of the negative prompt, (B, L, text_dim) each,
-    and states: a ModelState for each. Dense without plan and states."""
+def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None):
+    """UniPC from noise x (B, z, t, h, w) to latents. texts: of the prompt and of the negative prompt,
+    (B, L, text_dim) each, and states: a ModelState for each. plan: an iterable of Step; dense without plan and states.
+    -> (B, z, t, h, w)"""
     sigmas, timesteps = schedule
-    past = []                                                        # the last two predictions of the video
-    for i, step in enumerate(progress(plan or [None] * len(timesteps))):
+    states = states or (None, None)
+    past, before = [], None                                          # the last two predictions of the video
+    for i, step in enumerate(plan or [None] * len(timesteps)):
         t = x.new_full((x.shape[0],), timesteps[i].item())           # (B,)
-        v, v_negative = (model(x, t, text, layout, state, step) for text, state in zip(texts, states or (None, None)))
+        v, v_negative = (model(x, t, text, layout, state, step) for text, state in zip(texts, states))
         video = x - sigmas[i].item() * (v_negative + guidance * (v - v_negative))
         if i > 0:
             x = unipc(before, i - 1, sigmas, past, target=video)     # the corrector: this step's start, better known
         past, before = [*past[-1:], video], x
-        x = unipc(x, i, sigmas, past if i + 1 < len(timesteps) else past[-1:])   # the last step is of order 1
+        last = i + 1 == len(timesteps)                               # the last step is of order 1
+        x = unipc(x, i, sigmas, past[-1:] if last else past)
     return x
 
 # ---------------------------------------------------------------------------------------------------------
-# prompt in, video out
+# generate: prompt in, video out
+
+
+def generate(prompt, *, model="tiny", weights=None, negative_prompt=None, width=None, height=None, frames=None,
+             steps=None, guidance=None, seed=0, sparsity=None, dense=False, device=None, dtype=None):
+    """Make a video of a prompt -> list of PIL images, its frames.
+
+    model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
+    sparsity: a cache.Sparsity for this many steps. dense: recompute everything. device: "cpu", "cuda", ...
+    dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail for what cannot be done."""
+    settings = cli.Settings(model=model, weights=weights, negative_prompt=negative_prompt, width=width, height=height,
+                            frames=frames, steps=steps, guidance=guidance, seed=seed, sparsity=sparsity, dense=dense,
+                            device=device, dtype=dtype)
+    (video, _), = render(prompt, cli.fill(settings, CONFIGS))
+    return [media.to_image(frame) for frame in video]
+
+
+class Report(NamedTuple):
+    seconds: float             # of all steps, without encoding and decoding
+    attn: float                # share of self-attention columns that were recomputed
+    saved: float               # share of floating-point operations saved
+
+
+@torch.no_grad()
+def render(prompt, settings, compare=False):
+    """The whole way from a prompt to a video and its Report, with filled settings. A video is an iterator of frames
+    (3, height, width) in -1..1, which are decoded as they are asked for.
+    -> [(video, Report)]; with compare two of them from the same noise, first the dense one."""
+    config = CONFIGS[settings.model]
+    device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
+    t, h, w = grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16       # in tokens
+    check(prompt, settings, folder, math.prod(grid))
+
+    prompts = [prompt, settings.negative_prompt]
+    texts = encode_prompts(prompts, config, folder, device, dtype).split(1)                      # (1, L, text_dim) each
+    layout = make_layout(config.wan, grid, config.window, device)
+    noise = make_noise(config.wan.channels, t, 2 * h, 2 * w, settings.seed).to(device)           # (1, z, t, 2h, 2w)
+    schedule = make_schedule(settings.steps, config.shift)
+    wan = load_part("wan", config, folder, device, dtype)
+
+    def make_states(sparsity):
+        return [make_state(config.wan.layers, sparsity, layout.static, settings.seed) for _ in texts]
+
+    results = []
+    for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
+        plan = make_plan(settings.steps, sparsity)
+        if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
+            first_steps = until_sparse(plan)
+            sample(wan, noise, texts, settings.guidance, schedule, layout, first_steps, make_states(sparsity))
+        start, states = time.perf_counter(), make_states(sparsity)
+        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
+        x = sample(wan, noise, texts, settings.guidance, schedule, layout, steps, states)        # (1, z, t, 2h, 2w)
+        x.sum().item()                                               # wait for the device
+        seconds = time.perf_counter() - start
+        attn, saved = work_done(config.wan, math.prod(grid), config.text_length, plan, states)
+        results.append((x, Report(seconds, attn, saved)))
+    del wan, states
+
+    vae = load_part("vae", config, folder, device, torch.float32)
+    return [(decode(vae, x), report) for x, report in results]
+
+
+@torch.no_grad()
+def decode(vae, latents):
+    """latents (1, z, t, h, w) -> one frame (3, 8 h, 8 w) after the other, on the CPU."""
+    for piece in vae.decode_pieces(latents):                         # (1, 3, 1 or 4, 8h, 8w)
+        yield from piece[0].transpose(0, 1).clamp(-1, 1).cpu()
+
+
+def check(prompt, settings, folder, tokens):
+    """Find everything that can be wrong before a network is loaded. Raises Fail."""
+    config, dtype = CONFIGS[settings.model], settings.dtype
+    cli.check_prompt(prompt, settings.negative_prompt)
+    for part, make in parts(config).items():
+        precision = torch.float32 if part == "vae" else dtype
+        caches = 0
+        if part == "wan" and settings.sparsity:
+            caches = cache_bytes(config.wan, settings.sparsity, config.window, tokens, dtype)
+        checkpoints.check_memory(make, precision, settings.device, caches)
+    for part, make in parts(config).items():
+        checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
 
 
 def clean(prompt):
@@ -549,13 +641,16 @@ def clean(prompt):
 
 
 def encode_prompts(prompts, config, folder, device, dtype):
-    """prompts -> UMT5 states (B, L, text_dim), zero at the padding. The encoder is loaded, used and freed."""
-    tokenizer = common.load_tokenizer(load_t5_tokenizer, common.weight_files(folder, ["tokenizer/tokenizer.json"])[0])
-    ids, mask, cut = tokenize(tokenizer, [clean(prompt) for prompt in prompts], config.text_length, 0)   # (B, L)
+    """prompts -> UMT5 states (B, L, text_dim), zero at the padding. Loads the encoder and frees it."""
+    file, = checkpoints.weight_files(folder, ["tokenizer/tokenizer.json"])
+    tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, file)
+    prompts = [clean(prompt) for prompt in prompts]
+    ids, mask, cut = tokenize(tokenizer, prompts, config.text_length, 0)                         # (B, L)
     if max(cut):
-        common.note(f"the prompt is too long for UMT5: its last {max(cut)} tokens were cut")
+        cli.note(f"the prompt is too long for UMT5: its last {max(cut)} tokens were cut")
     mask = mask.to(device)
-    return load_part("umt5", config, folder, device, dtype)(ids.to(device), mask) * mask[..., None]
+    umt5 = load_part("umt5", config, folder, device, dtype)
+    return umt5(ids.to(device), mask) * mask[..., None]                                          # (B, L, text_dim)
 
 
 def parts(config):
@@ -566,75 +661,59 @@ def parts(config):
 def load_part(part, config, folder, device, dtype):
     """One of the three networks, with its weights."""
     float32 = Wan.FLOAT32 if part == "wan" else ()
-    return common.load_weights(parts(config)[part], common.sharded_files(folder, FILES[part]), device, dtype, float32)
+    files = checkpoints.sharded_files(folder, FILES[part])
+    return checkpoints.load_weights(parts(config)[part], files, device, dtype, float32)
 
 
 def cache_bytes(config, sparsity, window, tokens, dtype):
-    """What Chipmunk remembers, for both texts: per layer the attention's rest, and every group's list of columns."""
-    listed = min(tokens, (sparsity.attn_keys + sparsity.attn_random) * tokens + window**3 * GROUP)
-    layers = 2 * (config.layers - sparsity.dense_layers)
-    return int(layers * tokens * (config.dim * dtype.itemsize + 4 * config.heads * listed / GROUP))
+    """What Chipmunk remembers for both texts: in each layer the attention's rest and every group's list of columns."""
+    list_length = min(tokens, (sparsity.attn_keep + sparsity.attn_random) * tokens + window**3 * GROUP)
+    rest = config.dim * dtype.itemsize                               # bytes a token
+    lists = 4 * config.heads * list_length / GROUP
+    return int(2 * (config.layers - sparsity.dense_layers) * tokens * (rest + lists))
 
 
 def work_done(config, tokens, text_length, plan, states):
     """Shares of self-attention columns that a generation recomputed, and of floating-point operations it saved."""
-    layers = [layer for state in states for layer in state.layers]
-    run = sum(not step.skip for step in plan)
-    attn = sum(run if layer is None else float(layer.attn_work) for layer in layers)
+    if states[0] is None:                                            # all was dense
+        return 1.0, 0.0
+    layers = [layer_state for state in states for layer_state in state.layers]
+    run = sum(not step.skip for step in plan)                        # a dense layer works in each of these
+    attn = sum(run if layer_state is None else float(layer_state.attn_work) for layer_state in layers)
     all_attn = len(plan) * len(layers)
-    attn_flops = 4 * tokens**2 * config.dim                          # one self attention; the rest of a block:
-    rest_flops = (12 * config.dim + 4 * text_length + 4 * config.ff) * tokens * config.dim + 4 * text_length * config.dim**2
-    saved = 1 - (attn_flops * attn + rest_flops * run * len(layers)) / ((attn_flops + rest_flops) * all_attn)
-    return attn / all_attn, saved
+
+    attn_flops = 4 * tokens**2 * config.dim                          # of one self attention
+    linears = (12 * config.dim + 4 * config.ff) * tokens * config.dim
+    cross_attention = 4 * text_length * tokens * config.dim + 4 * text_length * config.dim**2
+    others = linears + cross_attention                               # of a block
+    ours = attn_flops * attn + others * run * len(layers)
+    return attn / all_attn, 1 - ours / ((attn_flops + others) * all_attn)
+
+# ---------------------------------------------------------------------------------------------------------
+# the command line
 
 
-@torch.no_grad()
 def main():
-    parser, _ = common.make_parser(__doc__, CONFIGS, video=True)
+    parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
     parser.add_argument("--negative-prompt", help="what to keep away from (default: the model's)")
-    args, config = common.parse(parser, CONFIGS, "wan")
-    device, dtype, folder = args.device, args.dtype, args.folder
-
-    t, h, w = grid = args.frames // 4 + 1, args.height // 16, args.width // 16   # in tokens
-    caches = 0 if args.dense else cache_bytes(config.wan, args.sparsity, config.window, math.prod(grid), dtype)
-    for part, make in parts(config).items():                         # everything that can be wrong is found before a network is loaded
-        common.check_memory(make, torch.float32 if part == "vae" else dtype, device, caches if part == "wan" else 0)
-    for part, make in parts(config).items():
-        common.check_weights(make, common.sharded_files(folder, FILES[part]))
+    args, settings = cli.parse(parser, CONFIGS)
+    out = media.check_out(args.out, "wan", (".mp4", ".png") if settings.frames > 1 else (".png",))
 
     start = time.perf_counter()
-    texts = encode_prompts([args.prompt, args.negative_prompt], config, folder, device, dtype).split(1)              # (1, L, text_dim) each
-    layout = make_layout(config.wan, grid, config.window, device)
-    wan = load_part("wan", config, folder, device, dtype)
-    noise = make_noise(config.wan.channels, t, 2 * h, 2 * w, args.seed).to(device)                       # (1, z, t, 2h, 2w)
-    schedule = make_schedule(args.steps, config.shift)
-
-    def run(plan, progress):
-        states = plan and [make_state(config.wan.layers, args.sparsity, layout.static, args.seed) for _ in texts]
-        return sample(wan, noise, texts, args.guidance, schedule, layout, plan, states, progress), states
-    x, states, seconds, dense, dense_seconds = common.denoise(run, args)                                 # x (1, z, t, 2h, 2w)
-    del wan
-    vae = load_part("vae", config, folder, device, torch.float32)
-
-    def decode(latents):
-        """-> one frame (3, height, width) after the other"""
-        for piece in vae.decode_pieces(latents):
-            yield from piece[0].transpose(0, 1).clamp(-1, 1).cpu()
+    videos, reports = zip(*render(args.prompt, settings, args.compare))
+    video = videos[0]
     if args.compare:
-        a, b = (torch.stack(list(decode(latents))) for latents in (dense, x))                            # (frames, 3, height, width)
-        pictures = torch.cat([a, b], dim=3)
-    else:
-        pictures = decode(x)
-
-    common.write_video(args.out, pictures, args.fps, common.describe(args))
-    print(f"{args.out}: {args.width}x{args.height}, {args.frames} frames, {args.steps} steps, seed {args.seed}, "
-          f"{time.perf_counter() - start:.1f} s")
-    if not args.dense:
-        attn, saved = work_done(config.wan, math.prod(grid), config.text_length, args.plan, states)
-        print(f"recomputed {attn:.1%} of attention columns; saved {saved:.1%} of the operations")
+        dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
+        video = torch.cat([dense, ours], dim=3)
+    media.write_video(out, video, settings.fps, cli.describe(args, settings))
+    print(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
+          f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
+    if settings.sparsity:
+        report = reports[-1]
+        print(f"recomputed {report.attn:.1%} of attention columns; saved {report.saved:.1%} of the operations")
     if args.compare:
-        print(common.comparison(a, b, dense_seconds, seconds))
+        print(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

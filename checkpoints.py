@@ -1,0 +1,173 @@
+"""Finds, checks and loads checkpoints, and knows the memory that they need.
+
+Weights come straight from safetensors files, in a folder or from the Hugging Face Hub. Loading is strict: every
+tensor of a file is used once and has the model's shape, and none is missing.
+"""
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from cli import Fail
+
+# Tensors that some exports carry twice or that are no weights; every other name must be the model's.
+IGNORED = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}
+
+# ---------------------------------------------------------------------------------------------------------
+# finding files
+
+
+def reason(error):
+    """The first line of an error from a library."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def weight_files(weights, names):
+    """Paths of the named files in a folder or Hugging Face repository (downloaded to its cache, with progress bars).
+    Raises Fail if one is missing, access is not granted, or the Hub cannot be reached."""
+    if not os.path.isdir(weights):
+        return download(str(weights), names)
+    for name in names:
+        if not os.path.isfile(Path(weights) / name):
+            raise Fail(f"{weights} has no {name}; --weights wants a folder laid out like the model's repository")
+    return [Path(weights) / name for name in names]
+
+
+def download(repository, names):
+    """weight_files for a Hugging Face repository like owner/name."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+        raise Fail(f"no folder {repository}; --weights wants a folder, or a Hugging Face repository like owner/name")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError)
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()                                    # its retries would bury the one line below
+    try:
+        return [Path(hf_hub_download(repository, name)) for name in names]
+    except GatedRepoError:
+        raise Fail(f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
+                   "then log in with `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise Fail(f"no folder and no Hugging Face repository {repository} "
+                   "(or it is private: log in with `hf auth login`)") from None
+    except LocalEntryNotFoundError:
+        raise Fail(f"cannot reach the Hugging Face Hub to download {repository}; "
+                   "check the network, or give a folder with --weights") from None
+    except EntryNotFoundError as error:
+        raise Fail(f"{repository} lacks a file that this model needs: {reason(error)}") from None
+    except Exception as error:                                       # broken connections, full disks: many kinds
+        raise Fail(f"downloading {repository} failed ({reason(error)}); "
+                   "run again to go on, or give a folder with --weights") from None
+
+
+def sharded_files(weights, name):
+    """Paths of a file that may come in shards: those that name.index.json lists, or the file itself."""
+    try:
+        index, = weight_files(weights, [f"{name}.index.json"])
+    except Fail:                                                     # no index, no network: the file itself will tell
+        return weight_files(weights, [name])
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Fail(f"{index} is no list of shards; fetch it again") from None
+    folder = name.rpartition("/")[0]
+    return weight_files(weights, [f"{folder}/{shard}" for shard in shards])
+
+# ---------------------------------------------------------------------------------------------------------
+# checking and loading
+
+
+def load_tokenizer(load, path):
+    """load(path). Raises Fail if the file is damaged."""
+    try:
+        return load(path)
+    except Exception as error:                                       # the tokenizers library raises nothing narrower
+        raise Fail(f"{path} is no tokenizer that can be read ({reason(error)}); fetch it again") from None
+
+
+def read_headers(files):
+    """{tensor name: (file, shape)} of safetensors files. Raises Fail if one is damaged or of another format."""
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in set(tensors.keys()) - IGNORED:
+                    if name in found:
+                        raise Fail(f"{file} repeats {name}, which {found[name][0]} has; fetch both again")
+                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise Fail(f"{file} is no complete safetensors file ({reason(error)}); fetch it again") from None
+    return found
+
+
+def check_weights(make_model, files):
+    """Raises Fail, with the file and the first tensor that differs, if files are not exactly the model's.
+    make_model() -> the module."""
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in make_model().state_dict().items()}
+    found = read_headers(files)
+    advice = "check --model and --weights"
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise Fail(f"{files[0]} is not this model's: it lacks the tensor {name}; {advice}")
+        file, shape = found[name]
+        if name not in expected:
+            raise Fail(f"{file} is not this model's: it has a tensor {name} too many; {advice}")
+        if shape != expected[name]:
+            raise Fail(f"{file} is not this model's: {name} is {list(shape)}, not {list(expected[name])}; {advice}")
+
+
+def load_weights(make_model, files, device, dtype, float32=()):
+    """A model with the weights in files, tensor by tensor, so that there is never a second copy.
+
+    make_model() -> the module. float32: parts of names; parameters with such a name stay float32 whatever dtype is.
+    Raises Fail if files are not exactly the model's (check_weights)."""
+    check_weights(make_model, files)
+    with torch.device("meta"):
+        model = make_model()
+    for file in files:
+        with safe_open(file, "pt", device=str(device)) as tensors:
+            for name in set(tensors.keys()) - IGNORED:
+                wide = any(part in name for part in float32)
+                tensor = tensors.get_tensor(name).to(torch.float32 if wide else dtype)
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    return model.eval()
+
+# ---------------------------------------------------------------------------------------------------------
+# memory
+
+
+def check_memory(make_model, dtype, device, caches=0):
+    """Raises Fail, before anything is downloaded, if a model's weights and `caches` bytes do not fit."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in make_model().parameters()) * dtype.itemsize
+    free = free_memory(device)
+    if free is None or weights + caches <= free:
+        return
+    advice = "--model tiny or a larger machine"
+    if weights < free:
+        advice = "--dense (no caches)"
+    elif dtype == torch.float32:
+        advice = "--dtype bfloat16"
+    raise Fail(f"{device} has {free / 1e9:.2f} GB free, but this needs {(weights + caches) / 1e9:.2f} GB "
+               f"({weights / 1e9:.2f} of weights, {caches / 1e9:.2f} of caches); {advice} helps")
+
+
+def free_memory(device):
+    """Bytes that can be allocated on a device, or None if the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    except OSError:
+        return None
+    try:                                                             # a container's own limit
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except OSError:
+        return free

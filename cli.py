@@ -1,0 +1,294 @@
+"""The command line that the three programs share: its flags, the settings they make, and errors in one line.
+
+A program's main calls make_parser, parse and describe; `run` calls main. From Python, Settings and fill do the same
+without flags.
+"""
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from cache import SKIP_PRESETS, Sparsity, fit_steps, make_plan, skip_preset
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# ---------------------------------------------------------------------------------------------------------
+# errors
+
+
+class Fail(Exception):
+    """Something that the user can put right. Its text is one line: what is wrong, and what to do."""
+
+
+def note(text):
+    """Tell the user that something was adjusted, or has no effect."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def run(main):
+    """Call main. A Fail, Ctrl-C or a lack of memory ends in one line on stderr and a non-zero exit status."""
+    try:
+        main()
+    except Fail as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                                          # `... | head` closed our stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory; --dense needs no caches, "
+                 "a smaller --width and --height need less of everything")
+
+# ---------------------------------------------------------------------------------------------------------
+# settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one generation does. None stands for the model's own value until `fill` puts it there."""
+    model: str = "tiny"
+    weights: str | Path | None = None    # a folder or Hugging Face repository; None: the model's, also after fill
+    width: int | None = None             # pixels
+    height: int | None = None
+    frames: int | None = None            # these three: videos only
+    fps: int | None = None
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    dense: bool = False                  # recompute everything at every step
+    sparsity: Sparsity | None = None     # what Chipmunk recomputes; None after fill: nothing is cached
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+
+
+def fill(settings, configs):
+    """Settings with every value there: the model's own values, sizes in multiples of 16, a device that exists.
+    Raises Fail if the model or the device does not exist, or if no video has so many frames."""
+    if settings.model not in configs:
+        raise Fail(f"no model {settings.model!r}; choose from {', '.join(configs)}")
+    config = configs[settings.model]
+    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    own = {name: getattr(config, name, None) for name, value in given.items() if value is None and name != "weights"}
+    settings = replace(settings, **own)
+
+    if settings.frames and settings.frames % 4 != 1:                 # the first, then four to a frame of latents
+        below = (settings.frames - 1) // 4 * 4 + 1
+        raise Fail(f"{settings.frames} frames cannot be made: take 4 n + 1, like {below} or {below + 4}")
+    sparsity = settings.sparsity
+    if settings.dense:
+        sparsity = None
+    elif given["sparsity"] is None:
+        sparsity = fit_steps(sparsity, settings.steps, config.steps)
+    elif isinstance(sparsity.skip, str):
+        sparsity = replace(sparsity, skip=skip_preset(sparsity.skip, settings.steps))
+    device = pick_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    small = settings.model == "tiny" and device.type == "cpu"
+    dtype = settings.dtype or ("float32" if small else "bfloat16")
+    return replace(settings, width=round_size("width", settings.width), height=round_size("height", settings.height),
+                   sparsity=sparsity, device=device, dtype=DTYPES.get(dtype, dtype))
+
+
+def round_size(name, pixels, multiple=16):
+    """The nearest multiple, and a note if that is another size."""
+    rounded = max(multiple, round(pixels / multiple) * multiple)
+    if rounded != pixels:
+        note(f"{name} {pixels} rounded to {rounded}, a multiple of {multiple}")
+    return rounded
+
+
+def pick_device(text):
+    """cpu or a CUDA GPU -> torch.device. Raises Fail if it is not there."""
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise Fail(f"no device {str(text)!r} to run on here; try --device cpu")
+    if device.type == "cpu":
+        return torch.device("cpu")                                   # safetensors does not know cpu:1
+    if device.index is not None:
+        torch.cuda.set_device(device)                                # Triton launches on the current one
+    return device
+
+
+def check_prompt(prompt, negative_prompt=None):
+    """Raises Fail if there is nothing to draw, or text that no tokenizer can read."""
+    if not (prompt or "").strip():
+        raise Fail('no prompt; say what to draw: --prompt "a red circle on a blue background"')
+    try:
+        (prompt + (negative_prompt or "")).encode()
+    except UnicodeEncodeError:
+        raise Fail("the prompt is no valid UTF-8; check the terminal's encoding") from None
+
+# ---------------------------------------------------------------------------------------------------------
+# flags
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def number(kind, low, high):
+    """An argparse type: a number of `kind`, int or float, from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
+        return value
+    return parse
+
+
+def step_list(text):
+    """"1,2,4" -> (1, 2, 4)"""
+    try:
+        steps = tuple(int(s) for s in text.removesuffix(",").split(","))
+    except ValueError:
+        steps = (-1,)
+    if min(steps) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of step numbers like 1,2,4,7")
+    return steps
+
+
+def measure_steps(text):
+    """"10": every tenth step. "1,2,4,7": those. "10,": step 10 alone."""
+    steps = step_list(text)
+    if steps == (0,) and "," not in text:
+        raise argparse.ArgumentTypeError("'every 0 steps' means nothing; give a number from 1 or a list like 1,2,4,7")
+    return steps if "," in text else steps[0]
+
+
+def skip_steps(text):
+    return text if text in SKIP_PRESETS else step_list(text)
+
+
+def make_parser(doc, configs, video=False):
+    """The flags that all three programs take, or both video programs.
+    -> the parser, and its group of Chipmunk's own flags, so that a program can add to either"""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--prompt", help="what to draw")
+    add("--model", choices=list(configs), default="tiny",
+        help="tiny: trained weights that come with this repository; others are downloaded (default: tiny)")
+    add("--weights", metavar="DIR_OR_REPO", help="take the weights from this folder or Hugging Face repository instead")
+    add("--width", type=number(int, 64, 2048), help="pixels, rounded to a multiple of 16 (default: the model's)")
+    add("--height", type=number(int, 64, 2048), help="likewise")
+    if video:
+        add("--frames", type=number(int, 1, 1001),
+            help="the video's length, 4 n + 1; 1 makes a picture (default: the model's)")
+        add("--fps", type=number(int, 1, 120), help="frames per second (default: the model's)")
+    add("--steps", type=number(int, 1, 1000), help="denoising steps (default: the model's)")
+    add("--guidance", type=number(float, 0, 100), help="how strictly to follow the prompt (default: the model's)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same machine: same file (default: 0)")
+    kinds = " (.mp4; .png: every fourth frame side by side)" if video else ""
+    add("--out", type=Path, help=f"file to write{kinds}, replaced if it is there (default: a new name in this folder)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--dtype", choices=list(DTYPES), help="default: bfloat16; float32 for tiny on a CPU")
+
+    title = "Chipmunk", "what to recompute, and when (defaults: the model's preset)"
+    chipmunk = parser.add_argument_group(*title)
+    add = chipmunk.add_argument
+    add("--dense", action="store_true", help="recompute everything at every step: the plain model")
+    add("--compare", action="store_true",
+        help="dense and Chipmunk from the same noise, side by side, with PSNR, SSIM and both times")
+    add("--delta", choices=["mass", "paper"], help="how the remembered part of attention is added (cache.py)")
+    add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
+        help="attention columns recomputed at a sparse step, 0 to 1")
+    add("--measure-steps", type=measure_steps, metavar="N|LIST",
+        help="choose attention columns anew every N steps, or at the listed steps (1,2,4,7; a single one: 5,)")
+    add("--skip-steps", type=skip_steps, metavar="LIST|NAME",
+        help=f"step caching: these steps rerun only the final layer; a list, or one of {', '.join(SKIP_PRESETS)}")
+    add("--show-plan", action="store_true", help="print what every step does, then stop")
+    return parser, chipmunk
+
+
+def parse(parser, configs):
+    """Read and check the command line -> its flags (argparse.Namespace), and the filled Settings that they make.
+    --show-plan prints the plan and ends the program. Raises Fail for what cannot be done."""
+    args = parser.parse_args()
+    config = configs[args.model]
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
+    steps = args.steps or config.steps
+    sparsity = chosen_sparsity(args, config.sparsity, steps, config.steps)
+    if args.show_plan:
+        show_plan(make_plan(steps, None if args.dense else sparsity))
+        sys.exit()
+    if args.dense and args.compare:
+        raise Fail("--dense and --compare exclude each other; --compare draws both")
+    return args, fill(Settings(**given, sparsity=sparsity), configs)
+
+
+def chosen_sparsity(args, preset, steps, made_for):
+    """The preset, which lists steps of a run of `made_for`, for a run of `steps`, changed as the flags say.
+    Raises Fail if they list a step that the run does not have."""
+    for flag, chosen in ("--measure-steps", args.measure_steps), ("--skip-steps", args.skip_steps):
+        if isinstance(chosen, tuple) and max(chosen) >= steps:
+            raise Fail(f"{flag} {max(chosen)}: this run has the steps 0 to {steps - 1}")
+    if isinstance(args.skip_steps, tuple) and 0 in args.skip_steps:
+        raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
+    skip = args.skip_steps
+    if isinstance(skip, str):
+        skip = skip_preset(skip, steps)
+    changes = {"delta": args.delta, "attn_keep": args.attn_keys, "measure": args.measure_steps, "skip": skip}
+    if "mlp_keys" in args:                                           # FLUX alone has this flag
+        changes["mlp_keep"] = args.mlp_keys
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(fit_steps(preset, steps, made_for), **changes)
+
+
+def show_plan(plan):
+    print("step  attention  MLP")
+    for step in plan:
+        print(f"{step.index:4}  {step.attn:9}  {step.mlp}")
+
+# ---------------------------------------------------------------------------------------------------------
+# what a result remembers
+
+
+def describe(args, settings):
+    """What goes into a result's metadata: the prompt, the seed, every setting, and the command that makes it again.
+    args, settings: as parse returned them. -> {str: str}"""
+    said = recorded_flags(args, settings)
+    command = ["python", Path(sys.argv[0]).name, f"--prompt={args.prompt}"]
+    for flag, value in said.items():
+        if value is True:
+            command.append(f"--{flag}")
+        elif value is not False:
+            command.append(f"--{flag}={value}")
+    return {"Software": "Chipmunk", "prompt": args.prompt, "seed": str(settings.seed),
+            "settings": json.dumps(said), "command": shlex.join(command)}
+
+
+def recorded_flags(args, settings):
+    """Every flag that makes the same result again -> {flag: value}"""
+    names = ("model", "weights", "negative_prompt", "width", "height", "frames", "fps", "steps", "guidance", "seed")
+    said = {name.replace("_", "-"): getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    said |= {"dense": settings.dense, "compare": args.compare, "device": settings.device.type,
+             "dtype": str(settings.dtype).removeprefix("torch.")}
+    sparsity = settings.sparsity
+    if sparsity is None:
+        return said
+    measure = sparsity.measure
+    if not isinstance(measure, int):
+        measure = "".join(f"{i}," for i in measure)
+    said |= {"delta": sparsity.delta, "attn-keys": sparsity.attn_keep, "measure-steps": measure,
+             "skip-steps": ",".join(map(str, sparsity.skip)) or "none"}
+    if "mlp_keys" in args:
+        said["mlp-keys"] = sparsity.mlp_keep
+    return said

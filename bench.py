@@ -86,8 +86,8 @@ def sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, seed, watch=i
     return hunyuan_chipmunk.sample(hunyuan, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
 
 # ---------------------------------------------------------------------------------------------------------
-# score. The three ways to draw return batches of caption numbers, and generate(batch, sparsity) -> pictures (B, 3, H, W)
-# or videos (B, 3, T, H, W) in -1..1
+# score. The three ways to draw return batches of caption numbers, and generate(batch, sparsity) -> pictures
+# (B, 3, H, W) or videos (B, 3, T, H, W) in -1..1
 
 
 def draw_with_flux(captions, config, device):

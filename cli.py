@@ -74,7 +74,7 @@ class Settings:
 
 def fill(settings, configs):
     """Settings with every value there: the model's own values, sizes in multiples of 16, a device that exists.
-    Raises Fail if the model or the device does not exist, or if no video has so many frames."""
+    Raises Fail for a model, device or dtype that does not exist, and for a size that cannot be."""
     if settings.model not in configs:
         raise Fail(f"no model {settings.model!r}; choose from {', '.join(configs)}")
     config = configs[settings.model]
@@ -92,11 +92,15 @@ def fill(settings, configs):
         sparsity = fit_steps(sparsity, settings.steps, config.steps)
     elif isinstance(sparsity.skip, str):
         sparsity = replace(sparsity, skip=skip_preset(sparsity.skip, settings.steps))
+    if min(settings.width, settings.height, settings.steps) < 1:
+        raise Fail(f"{settings.width}x{settings.height} pixels in {settings.steps} steps: each must be at least 1")
     device = pick_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     small = settings.model == "tiny" and device.type == "cpu"
     dtype = settings.dtype or ("float32" if small else "bfloat16")
+    if dtype not in DTYPES:
+        raise Fail(f"no dtype {dtype!r} to compute in; choose from {', '.join(DTYPES)}")
     return replace(settings, width=round_size("width", settings.width), height=round_size("height", settings.height),
-                   sparsity=sparsity, device=device, dtype=DTYPES.get(dtype, dtype))
+                   sparsity=sparsity, device=device, dtype=DTYPES[dtype])
 
 
 def round_size(name, pixels, multiple=16):

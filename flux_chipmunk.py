@@ -416,7 +416,7 @@ def middle(channels, groups):
 
 
 def level(inputs, outputs, blocks, groups):
-    """One resolution of the pyramid: its residual blocks; a Resample joins them where the size changes."""
+    """One resolution of the pyramid: its residual blocks; a Resample joins them if the size changes."""
     return nn.ModuleDict({"block": nn.ModuleList(
         ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))})
 

@@ -167,7 +167,7 @@ class CLIPTextEncoder(nn.Module):
 
     ids (B, L) int64, L <= config.length -> hidden (B, L, dim) after the final norm, and pooled (B, dim),
     hidden at the first end-of-text token. Attention is causal, so the padding behind that token cannot
-    reach pooled and there is no mask. Raises ValueError where L is too long.
+    reach pooled and there is no mask. Raises ValueError if L is too long.
     """
 
     def __init__(self, config):
@@ -285,7 +285,7 @@ def tokenize(tokenizer, prompts, length, pad_id):
     <|endoftext|> for CLIP), long ones lose the end of the text but keep the special tokens around it.
 
     Returns ids (B, length) int64; mask (B, length) bool, False at padding; cut, for each prompt the number of
-    tokens it lost. Raises ValueError where the special tokens alone exceed length. Leaves tokenizer as it was.
+    tokens it lost. Raises ValueError if the special tokens alone exceed length. Leaves tokenizer as it was.
     """
     room = length - tokenizer.num_special_tokens_to_add(is_pair=False)
     if room < 0:

@@ -35,7 +35,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import nn
 from tqdm import tqdm
 
-import common
+import cli
 import flux_chipmunk
 import hunyuan_chipmunk
 import wan_chipmunk
@@ -223,7 +223,7 @@ def run_stage(stage, model, loss, folder, device):
     if file.exists():
         saved = torch.load(file, map_location=device, weights_only=True)
         if saved["stage"] != repr(stage):
-            raise common.Fail(f"{file} is of another recipe; delete {folder} to train from nothing")
+            raise cli.Fail(f"{file} is of another recipe; delete {folder} to train from nothing")
         first, spent = saved["step"], saved["seconds"]
         ema.load_state_dict(saved["ema"])
         model.load_state_dict(saved["model"])
@@ -423,7 +423,7 @@ def train(recipe, folder, work, device):
 
 
 def main():
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(RECIPES))
     parser.add_argument("--work", type=Path, default=Path("train"), help="folder of the checkpoints (default: train)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -431,9 +431,9 @@ def main():
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     recipe = RECIPES[args.model]
-    folder = Path(__file__).parent / recipe.program.CONFIGS["tiny"].weights
-    train(recipe, folder, args.work / args.model, common.pick_device(args.device))
+    folder = recipe.program.CONFIGS["tiny"].weights
+    train(recipe, folder, args.work / args.model, cli.pick_device(args.device))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

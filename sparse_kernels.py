@@ -84,7 +84,7 @@ def _check_operands(*tensors: Tensor) -> None:
     _require_triton()
     dtypes = {x.dtype for x in tensors}
     _need(len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16, torch.float32},
-          f"operands must share one of float16, bfloat16, float32; got {dtypes}")
+          f"operands must share one of float16, bfloat16, float32; got {', '.join(sorted(map(str, dtypes)))}")
     _need(all(x.stride(-1) == 1 for x in tensors), "the last dimension of an operand must have stride 1")
 
 

@@ -45,6 +45,7 @@ from cache import VIDEO_SKIPS, Sparsity, columns_to_mask, fit_steps, make_plan, 
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
 
+torch.set_num_threads(1)                                                    # more wait for each other if others compute
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1385,11 +1386,12 @@ def test_a_result_is_made_again_by_the_command_that_it_remembers(call, tmp_path,
     assert said.get("negative-prompt") == more.get("negative_prompt")
     assert call(name, out=other, **SHORT[name] | {"width": 160})[0] == 0
     flags = shlex.split(texts["command"])[2:]
-    assert call(name, *flags, "--out", again)[0] == 0                   # two in one process, another size between
+    assert call(name, *flags, "--out", again)[0] == 0                       # two in one process, another size between
     assert first.read_bytes() == again.read_bytes()
-    outside = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    program = PROGRAMS[name].__file__
-    subprocess.run([sys.executable, program, *flags, "--out", str(elsewhere)], check=True, env=outside)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"                                    # as here
+    command = [sys.executable, PROGRAMS[name].__file__, *flags, "--out", elsewhere]
+    subprocess.run(command, check=True, env=environment)
     assert first.read_bytes() == elsewhere.read_bytes()                     # and one in another
 
 

@@ -1,4 +1,4 @@
-"""The ops of Chipmunk (arXiv 2506.03275), each as plain PyTorch, which defines it, and as a Triton kernel.
+"""Every op of Chipmunk (arXiv 2506.03275) twice: as plain PyTorch, which is its definition, and as a Triton kernel.
 
 GROUP neighbouring query rows share one list S_g of key columns and attend to these columns only:
 
@@ -14,12 +14,17 @@ GROUP neighbouring query rows share one list S_g of key columns and attend to th
     sparse_mlp_fc1              x, w1, b1, columns, counts, act -> delta       how listed hidden columns changed
     sparse_mlp_fc2              delta, w2t, columns, counts, out -> out        their change, added onto the output
 
-The file goes op by op. Of each op X there are: X, its contract; X_ref, its definition; its kernels; X_triton, which
-launches them and has the signature of X_ref; _X_op, what torch.compile sees of it. X runs X_triton on a GPU and X_ref
-elsewhere. The kernels also run on a CPU, under TRITON_INTERPRET=1.
+The file goes op by op; the three around column_sparse_attention share one definition and one kernel. For each op X:
+
+    X         the contract; runs X_triton on a GPU and X_ref elsewhere
+    X_ref     the definition
+    X_triton  launches the kernels above it, with the signature of X_ref; under TRITON_INTERPRET=1 also on a CPU
+    _X_op     what torch.compile sees of X
 
 Shapes: B batch, H heads, N tokens (Nq query rows, Nk columns), D head dimension, G = ceil(Nq / GROUP) groups,
 K room for columns in a list. Entries of a list at or past its count are padding and are never used.
+The kernels take float16, bfloat16 and float32, a last dimension of stride 1, a D of 16, 32, 64 or 128, and a multiple
+of 16 channels in the MLP; otherwise they raise ValueError. float64 runs the definition.
 """
 from __future__ import annotations
 
@@ -79,7 +84,7 @@ def _check_operands(*tensors: Tensor) -> None:
     _require_triton()
     dtypes = {x.dtype for x in tensors}
     _need(len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16, torch.float32},
-          f"operands must share one of float16, bfloat16, float32; got {dtypes}")
+          f"operands must share one of float16, bfloat16, float32; got {', '.join(sorted(map(str, dtypes)))}")
     _need(all(x.stride(-1) == 1 for x in tensors), "the last dimension of an operand must have stride 1")
 
 
@@ -96,8 +101,8 @@ def _pick(x: Tensor, kernel: Callable, definition: Callable) -> Callable:
 def _op(schema: str, empty_results: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Decorator: register with torch.library, so that torch.compile passes through without a graph break.
 
-    schema is what torch.library calls it, the op's name first. empty_results makes tensors of the results' shapes and
-    dtypes, which is all that torch.compile needs while it traces. mutates: the arguments that are updated in place.
+    schema: the op's name and signature as torch.library writes them. empty_results: makes tensors of the results'
+    shapes and dtypes, which is all that torch.compile needs to trace. mutates: the arguments updated in place.
     """
     name, signature = schema.split("(", 1)
 
@@ -296,23 +301,23 @@ def _attention_with_column_mass_kernel(
     """One program: one group of rows against all columns.
 
     The previous lse is near the new one, so it can take the place of the softmax's maximum m. Then there is no maximum
-    to find and nothing to rescale, and the sum of p over the rows is the mass. If it was not near after all, the mass
-    stands, and o is computed again with the true maximum."""
+    to find and nothing to rescale, and the sum of p over the rows is the mass. If the two lse turn out to be far
+    apart, the mass is still right, and o is computed again with the true maximum."""
     g = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     b = head // H
     h = head % H
     rows = g * BLOCK_M + tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, BLOCK_N)
     q = _load_rows(q_ptr, b, h, rows, stride_qb, stride_qh, stride_qn, Nq, D)     # (rows, D)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
+    lse_prev = tl.load(lse_prev_ptr + head * Nq + rows, mask=rows < Nq, other=float("inf"))   # (rows,); inf: p = 0
     mass_ptr += (head * tl.num_programs(0) + g) * Nk
 
     # p is 2^8 times exp(s - lse_prev), so that even attention over 100,000 columns has normal numbers in fp16. The mass
     # takes the 2^8 out again. It is at most 1e38, which is finite in bfloat16.
-    lse_prev = tl.load(lse_prev_ptr + head * Nq + rows, mask=rows < Nq, other=float("inf"))   # (rows,); inf: p = 0
     m = lse_prev * LOG2E - 8
+    lane = tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     z = tl.zeros((BLOCK_M,), tl.float32)
     full = Nk // BLOCK_N * BLOCK_N
@@ -326,11 +331,9 @@ def _attention_with_column_mass_kernel(
                                     D, WIDE_OFFSETS, TRACK_MAX=False)
         tl.store(mass_ptr + full + lane, tl.minimum(tl.sum(p, 0) / 256, 1e38), mask=valid)
 
-    moved = tl.abs(tl.log2(z) - 8)                                                # (rows,): |lse - lse_prev|, base 2
-    if q_ptr.dtype.element_ty == tl.float16:
-        near = moved < 7
-    else:
-        near = moved < 60
+    # near: p, which is in q's dtype, has neither overflowed nor lost its small values
+    NEAR: tl.constexpr = 7 if q_ptr.dtype.element_ty == tl.float16 else 60
+    near = tl.abs(tl.log2(z) - 8) < NEAR                                          # (rows,): |lse - lse_prev|, base 2
     if tl.sum((near | (rows >= Nq)).to(tl.int32)) < BLOCK_M:
         acc, m, z = _attend_all(q, k_ptr, v_ptr, stride_kn, stride_vn, Nk, scale, BLOCK_N, D, WIDE_OFFSETS)
     _store_rows(o_ptr, lse_ptr, acc / z[:, None], m + tl.log2(z), head, rows, Nq, D, LOG2E)
@@ -416,16 +419,16 @@ def choose_columns_ref(mass: Tensor, keep: float, random: float, static: Tensor 
     group = torch.arange(G, device=mass.device)[:, None]                          # (G, 1)
     column = torch.arange(N, device=mass.device)                                  # (N,)
 
-    chosen = _hash(seed, group, column) < round(random * 2 ** 24)                 # (G, N)
+    unranked = _hash(seed, group, column) < round(random * 2 ** 24)               # (G, N): listed whatever their mass
     if static is not None:
-        chosen = chosen | static
+        unranked = unranked | static
+    chosen = unranked.expand(mass.shape)                                          # (..., G, N)
     if top > 0:
         threshold = mass.topk(top, sorted=True).values[..., -1:]                  # (..., G, 1)
         above = mass > threshold                                                  # (..., G, N)
-        tied = (mass == threshold) & ~chosen
+        tied = (mass == threshold) & ~unranked
         ties_wanted = top - above.sum(-1, keepdim=True)                           # (..., G, 1)
-        chosen = chosen | above | tied & (tied.cumsum(-1) <= ties_wanted)
-    chosen = chosen.expand(mass.shape)                                            # (..., G, N)
+        chosen = unranked | above | tied & (tied.cumsum(-1) <= ties_wanted)       # (..., G, N)
 
     slot = torch.where(chosen, chosen.cumsum(-1) - 1, K).clamp(max=K)             # K: an extra slot, cut off below
     columns = torch.zeros(*mass.shape[:-1], K + 1, dtype=torch.int32, device=mass.device)
@@ -468,16 +471,16 @@ def _mark_unranked_kernel(unranked_ptr, static_ptr, stride_static, seed, random_
 # Columns 0, 2 and 6 are taken.
 @_jit
 def _find_threshold(bits_ptr, n, step, top, lo, hi, END: tl.constexpr, BLOCK: tl.constexpr):
-    """The top-th largest of n integers in 0..END - 1, which lie `step` apart, and how many of those equal to it are
-    among the top.
+    """The threshold is the top-th largest of n integers in 0..END - 1, which lie `step` apart in memory -> threshold,
+    ties_wanted: how many of the integers that equal it are among the top.
 
     Each round counts the integers in 62 bins over lo..hi - 1 and in one bin on either side. The bin that holds the
-    threshold is the next lo..hi - 1. The first lo and hi may be a guess: if it is wrong, an outer bin is found."""
+    threshold is the next lo..hi - 1. The first lo and hi may be a wrong guess: then an outer bin holds it."""
     lane = tl.arange(0, BLOCK)
     bins = tl.arange(0, 64)
     ties_wanted = top
     lo = lo.to(tl.int64)
-    hi = hi.to(tl.int64)                                                          # up to 2^31
+    hi = hi.to(tl.int64)                                                          # lo + 2^shift may reach 2^31
     while hi - lo > 1:
         shift = 0                                                                 # an inner bin is 2^shift wide
         while (hi - lo - 1) >> shift >= 62:
@@ -515,8 +518,8 @@ def _choose_columns_kernel(bits_ptr, unranked_ptr, columns_ptr, counts_ptr, stri
     if unranked_ptr is not None:
         unranked_ptr += row % G * stride_unranked
 
-    # The threshold of a subset, SUBSET masses evenly apart, is near that of the row. In 62 bins around it one count of
-    # the whole row is mostly enough. Each bin is as wide as a bfloat16 is exact.
+    # A subset, SUBSET masses that lie evenly apart, has nearly the threshold of the row. So the search starts with the
+    # 62 bins around it, each from one bfloat16 to the next, and mostly counts the whole row only once.
     END: tl.constexpr = (1 << BITS - 1) - 1
     MARGIN: tl.constexpr = 31 << BITS - 16                                        # 31 bins
     lo = tl.cast(0, tl.int32)
@@ -536,7 +539,7 @@ def _choose_columns_kernel(bits_ptr, unranked_ptr, columns_ptr, counts_ptr, stri
         sure = bits > threshold
         if unranked_ptr is not None:
             sure |= tl.load(unranked_ptr + column, mask=inside, other=0) != 0
-        sure &= inside
+        sure &= inside                                                            # (BLOCK,)
         tied = inside & (bits == threshold) & (sure == 0)
 
         pair = sure.to(tl.int32) + (tied.to(tl.int32) << 16)                      # (BLOCK,): two counts in one scan
@@ -598,7 +601,7 @@ def _choose_columns_op(mass, keep, random, static, seed, static_most):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# column-sparse attention, alone, split off a dense result, or added to what was left of one
+# column-sparse attention: alone, split off a dense result, or added to a cached rest
 
 
 def column_sparse_attention(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -785,7 +788,6 @@ def sparse_mlp_fc1(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor, co
     activation, stored hidden column after hidden column; its listed parts are updated in place
     -> delta (B, G, K, GROUP) in x's dtype, a group's hidden columns side by side, 0 in padding.
     delta is new minus old as *stored* in act, so what fc2 has summed up stays the sum of what act holds.
-    On a GPU C must be a multiple of 16 (ValueError).
     """
     return _sparse_mlp_fc1_op(x, w1, b1, columns, counts, act)
 
@@ -887,7 +889,7 @@ def sparse_mlp_fc2(delta: Tensor, w2t: Tensor, columns: Tensor, counts: Tensor, 
     """Add packed deltas times the listed rows of w2t onto the cached output, in place.
 
     delta (B, G, K, GROUP) from `sparse_mlp_fc1`, w2t (F, C): the second weight transposed, columns (B, G, K) int32,
-    counts (B, G) int32, out (B, M, C) -> out. On a GPU C must be a multiple of 16 (ValueError).
+    counts (B, G) int32, out (B, M, C) -> out.
     """
     _sparse_mlp_fc2_op(delta, w2t, columns, counts, out)
     return out
@@ -931,8 +933,8 @@ def _sparse_mlp_fc2_kernel(delta_ptr, w2t_ptr, columns_ptr, counts_ptr, out_ptr,
         hidden = next_hidden
     if full < count:
         in_list = full + lane < count
-        w_at = w2t_ptr + hidden.to(tl.int64)[:, None] * stride_w + c[None, :]
         delta = tl.load(delta_at + (full + lane)[:, None] * BLOCK_M, mask=in_list[:, None], other=0.0)
+        w_at = w2t_ptr + hidden.to(tl.int64)[:, None] * stride_w + c[None, :]
         w = tl.load(w_at, mask=in_list[:, None], other=0.0)
         acc = tl.dot(tl.trans(delta), w, acc, input_precision="ieee")
 

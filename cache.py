@@ -6,10 +6,10 @@ Attention, for every group g of 128 queries. S is the set of columns (keys) that
     sparse    o = rest "plus" o_S            o_S from fresh q, k, v over the columns S alone
 
 "minus" and "plus" come in three kinds. delta="paper": subtract and add softmaxes that are each normalised over their
-own columns. delta="mass": the rest is an attention result with a log-sum-exp of its own, and adding it back is the usual
-merge of two partial softmaxes; so probability can move between the fresh and the remembered part. delta="pooled": as
-"paper", but o_S also attends to the fresh mean of every 64 neighbouring columns, as often as columns of these are not
-in S; the rest is then small. There S is chosen by mass times the distance of v from its block's mean.
+own columns. delta="mass": the rest is an attention result with a log-sum-exp of its own, and adding it back is the
+usual merge of two partial softmaxes; so probability can move between the fresh and the remembered part.
+delta="pooled": as "paper", but o_S also attends to the fresh mean of every 64 neighbouring columns, counted as often as
+these have columns outside S. The rest is then small. S is chosen by mass times the distance of v from its block's mean.
 
 MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows: find the hidden columns f whose pre-activation at the
 group's mean token moved most, recompute those, and add (new - old) W2[:, f] to the remembered output.

@@ -647,7 +647,7 @@ def column_sparse_attention(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, co
     q (B, H, Nq, D), k and v (B, H, Nk, D), columns (B, H, G, K) int32, counts (B, H, G) int32 -> o_S
     (B, H, Nq, D) in q's dtype, lse_S (B, H, Nq) float32. An empty list gives o_S = 0 and lse_S = -inf.
     """
-    return _column_sparse_attention_op(q, k, v, columns, counts, None, None, None, None, None, "none")
+    return _column_sparse_attention_op(q, k, v, columns, counts, None, None, "none")
 
 
 def split_off_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, o: Tensor,
@@ -661,8 +661,7 @@ def split_off_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: 
                  o_rest = (o - w o_S) / (1 - w), lse_rest = lse + log(1 - w). If nothing is left (w = 1 within
                  rounding), o_rest = 0 and lse_rest = -inf.
     """
-    pooled = pooled or (None, None, None)
-    o_rest, lse_rest = _column_sparse_attention_op(q, k, v, columns, counts, *pooled, o, lse, "split")
+    o_rest, lse_rest = _column_sparse_attention_op(q, k, v, columns, counts, o, lse, "split", *(pooled or ()))
     return o_rest, None if lse is None else lse_rest
 
 
@@ -676,14 +675,13 @@ def add_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor
     Both give the dense result if q, k, v have not changed, or if every column is listed. pooled: as it was split off,
     with means of the fresh k and v.
     """
-    pooled = pooled or (None, None, None)
-    return _column_sparse_attention_op(q, k, v, columns, counts, *pooled, o_rest, lse_rest, "add")[0]
+    return _column_sparse_attention_op(q, k, v, columns, counts, o_rest, lse_rest, "add", *(pooled or ()))[0]
 
 
 def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor,
+                                o: Tensor | None = None, lse: Tensor | None = None, epilogue: str = "none",
                                 k_mean: Tensor | None = None, v_mean: Tensor | None = None,
-                                unlisted: Tensor | None = None, o: Tensor | None = None,
-                                lse: Tensor | None = None, epilogue: str = "none") -> tuple[Tensor, Tensor | None]:
+                                unlisted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """All three: epilogue "none", "split" with the dense o, lse, or "add" with the cached o_rest, lse_rest."""
     (B, H, Nq, D), Nk = q.shape, k.shape[2]
     columns = columns[..., :max(1, int(counts.max()))]                            # (B, H, G, K)
@@ -791,9 +789,9 @@ def _column_sparse_attention_kernel(
 
 
 def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor,
+                                   o: Tensor | None = None, lse: Tensor | None = None, epilogue: str = "none",
                                    k_mean: Tensor | None = None, v_mean: Tensor | None = None,
-                                   unlisted: Tensor | None = None, o: Tensor | None = None,
-                                   lse: Tensor | None = None, epilogue: str = "none") -> tuple[Tensor, Tensor | None]:
+                                   unlisted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     _check_operands(q, k, v)
     B, H, Nq, D = q.shape
     base = q if o is None else o                            # q stands in: without an epilogue the base is never read
@@ -822,17 +820,17 @@ def _returns_lse(epilogue: str, lse: Tensor | None) -> bool:
     return epilogue == "none" or epilogue == "split" and lse is not None
 
 
-def _empty_column_sparse_attention(q, k, v, columns, counts, k_mean, v_mean, unlisted, o, lse, epilogue):
+def _empty_column_sparse_attention(q, k, v, columns, counts, o, lse, epilogue, k_mean=None, v_mean=None, unlisted=None):
     lse_shape = q.shape[:3] if _returns_lse(epilogue, lse) else (0,)
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@_op("column_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor counts, Tensor? k_mean, "
-     "Tensor? v_mean, Tensor? unlisted, Tensor? o, Tensor? lse, str epilogue) -> (Tensor, Tensor)",
+@_op("column_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor counts, Tensor? o, Tensor? lse, "
+     "str epilogue, Tensor? k_mean=None, Tensor? v_mean=None, Tensor? unlisted=None) -> (Tensor, Tensor)",
      _empty_column_sparse_attention)
-def _column_sparse_attention_op(q, k, v, columns, counts, k_mean, v_mean, unlisted, o, lse, epilogue):
+def _column_sparse_attention_op(q, k, v, columns, counts, o, lse, epilogue, k_mean=None, v_mean=None, unlisted=None):
     run = _pick(q, column_sparse_attention_triton, column_sparse_attention_ref)
-    result, result_lse = run(q, k, v, columns, counts, k_mean, v_mean, unlisted, o, lse, epilogue)
+    result, result_lse = run(q, k, v, columns, counts, o, lse, epilogue, k_mean, v_mean, unlisted)
     if result_lse is None:                                  # an op returns tensors only: an empty one says None
         result_lse = q.new_empty(0, dtype=torch.float32)
     return result, result_lse

@@ -1705,6 +1705,19 @@ def test_videos_are_written_whole_and_can_be_read(tmp_path):
         media.write_video(tmp_path / "nowhere" / "a.mp4", frames, 8, texts)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone can fill the memory that it hands out")
+def test_an_mp4_does_not_depend_on_what_was_in_memory(tmp_path):
+    program = """import sys, torch, media
+    frames = torch.rand(5, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    media.write_video(media.Path(sys.argv[1]), iter(frames), 8, {})""".replace("\n    ", "\n")
+    files = []
+    for fill in ("1", "170"):                                               # the byte that new memory is filled with
+        files.append(tmp_path / f"{fill}.mp4")
+        env = os.environ | {"MALLOC_PERTURB_": fill}
+        subprocess.run([sys.executable, "-c", program, str(files[-1])], check=True, env=env, cwd=HERE)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_psnr_and_ssim_measure_likeness():
     a, b = 2 * torch.rand(2, 1, 3, 32, 32) - 1
     assert media.psnr(a, a) == math.inf and media.ssim(a, a) == pytest.approx(1)

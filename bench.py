@@ -82,7 +82,7 @@ def sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, seed, watch=i
     sigmas = hunyuan_chipmunk.make_sigmas(config.steps, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
     layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
-    state = make_state(layers, sparsity, layout.static, seed)
+    state = make_state(layers, sparsity, layout.static, seed, len(layout.order))
     return hunyuan_chipmunk.sample(hunyuan, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ Attention, for every group g of 128 queries. S is the set of columns (keys) that
     measure   o, mass = attention(q, k, v);  S = top columns by mass (+ random, + static);  rest = o "minus" o_S
     sparse    o = rest "plus" o_S            o_S from fresh q, k, v over the columns S alone
 
-"minus" and "plus" come in two kinds. delta="paper": subtract and add softmaxes that are each normalised over their own
-columns. delta="mass": the rest is an attention result with a log-sum-exp of its own, and adding it back is the usual
-merge of two partial softmaxes; so probability can move between the fresh and the remembered part.
+"minus" and "plus" come in three kinds. delta="paper": subtract and add softmaxes that are each normalised over their
+own columns. delta="mass": the rest is an attention result with a log-sum-exp of its own, and adding it back is the
+usual merge of two partial softmaxes; so probability can move between the fresh and the remembered part.
+delta="pooled": as "paper", but o_S also attends to the fresh mean of every 64 neighbouring columns, counted as often as
+these have columns outside S. The rest is then small. S is chosen by mass times the distance of v from its block's mean.
 
 MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows: find the hidden columns f whose pre-activation at the
 group's mean token moved most, recompute those, and add (new - old) W2[:, f] to the remembered output.
@@ -20,8 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from sparse_kernels import (GROUP, add_columns, attention, attention_with_column_mass, choose_columns, sparse_mlp_fc1,
-                            sparse_mlp_fc2, split_off_columns)
+from sparse_kernels import (GROUP, POOL, Pooled, add_columns, attention, attention_with_column_mass, block_means,
+                            choose_columns, count_unlisted, sparse_mlp_fc1, sparse_mlp_fc2, split_off_columns)
 
 # Steps of 50 that the original skips on HunyuanVideo and Wan2.1.
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
@@ -40,7 +42,7 @@ class Sparsity:
     measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
     mlp_reuse: int = 2               # after step 10, chosen MLP columns serve this many steps
     skip: tuple | str = ()           # rerun only the final layer at these steps unless they measure; or a SKIP_PRESET
-    delta: str = "paper"             # "mass" | "paper"
+    delta: str = "paper"             # "pooled" | "mass" | "paper"
     dense_layers: int = 2            # the first layers are always dense
 
 
@@ -112,6 +114,7 @@ class LayerState:
     sparsity: Sparsity
     static: torch.Tensor             # (Nk,) or (G, Nk) bool: attention columns always kept
     static_most: int                 # of them, the most in any group
+    pooled_columns: int              # delta="pooled": blocks of the first so many columns have means; static others
     seed: int
     attn_work: torch.Tensor          # () attentions so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
@@ -120,6 +123,7 @@ class LayerState:
     counts: torch.Tensor = None      # (B, H, G) int32
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
     lse_rest: torch.Tensor = None    # (B, H, N), delta="mass" only
+    unlisted: torch.Tensor = None    # (B, H, G, M) uint8, delta="pooled" only: a block's columns that are not kept
     act: torch.Tensor = None         # (B, F, M) gelu(W1 x + b1), column after column
     out: torch.Tensor = None         # (B, M, C) W2 act + b2
     pre: torch.Tensor = None         # (B, G, F) pre-activation of each group's mean token
@@ -134,14 +138,16 @@ class ModelState:
     hidden: torch.Tensor = None      # (B, N, C) before the final layer, for skipped steps
 
 
-def make_state(layers, sparsity, static, seed):
-    """A fresh ModelState for a model of `layers` blocks; None without a sparsity: nothing is remembered."""
+def make_state(layers, sparsity, static, seed, pooled_columns=None):
+    """A fresh ModelState for a model of `layers` blocks; None without a sparsity: nothing is remembered.
+    static (Nk,) or (G, Nk) bool: columns always kept. pooled_columns: without those at the end that are all static."""
     if sparsity is None:
         return None
     most, states = int(static.sum(-1).max()), [None] * min(sparsity.dense_layers, layers)
     for i in range(len(states), layers):
         attn_work, mlp_work = torch.zeros(2, device=static.device)
-        states.append(LayerState(sparsity, static, most, (seed * layers + i) % 2**31, attn_work, mlp_work))
+        states.append(LayerState(sparsity, static, most, pooled_columns or static.shape[-1],
+                                 (seed * layers + i) % 2**31, attn_work, mlp_work))
     return ModelState(states)
 
 
@@ -156,15 +162,28 @@ def chipmunk_attention(q, k, v, layer_state, step):
         s.attn_work += 1
     elif step.attn == "measure":
         o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
+        n = s.pooled_columns
+        if sparsity.delta == "pooled":                               # a column counts for what its block's mean misses
+            mean = block_means(v, n).repeat_interleave(POOL, 2)[:, :, :n]        # (B, H, n, D)
+            mass[..., :n] *= (v[:, :, :n] - mean).norm(dim=-1)[:, :, None]       # (B, H, G, n)
         s.columns, s.counts = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step),
                                              s.static_most)
         lse = s.lse if sparsity.delta == "mass" else None
-        s.o_rest, s.lse_rest = split_off_columns(q, k, v, s.columns, s.counts, o, lse)
-        s.attn_work += 1 + _share(s.counts, k.shape[2])
+        s.unlisted = count_unlisted(s.columns, s.counts, n) if sparsity.delta == "pooled" else None
+        s.o_rest, s.lse_rest = split_off_columns(q, k, v, s.columns, s.counts, o, lse, pool(k, v, s))
+        s.attn_work += 1 + _share(s.counts, k.shape[2], s.unlisted)
     else:
-        o = add_columns(q, k, v, s.columns, s.counts, s.o_rest, s.lse_rest)
-        s.attn_work += _share(s.counts, k.shape[2])
+        o = add_columns(q, k, v, s.columns, s.counts, s.o_rest, s.lse_rest, pool(k, v, s))
+        s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
     return o
+
+
+def pool(k, v, layer_state):
+    """The means of fresh k and v (B, H, Nk, D) for the blocks' columns that are not kept. -> Pooled; None: no means"""
+    if layer_state.unlisted is None:
+        return None
+    n = layer_state.pooled_columns
+    return Pooled(block_means(k, n), block_means(v, n), layer_state.unlisted)
 
 
 def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
@@ -179,11 +198,11 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
         out = F.linear(act, w2, b2)                                              # (B, N, C)
         if sparsity.mlp_keep:
             s.act, s.out = act.mT.contiguous(), out
-            s.pre = F.linear(group_means(x), w1, b1)                             # (B, G, F)
+            s.pre = F.linear(block_means(x, rows, GROUP), w1, b1)                             # (B, G, F)
         s.mlp_work += rows
         return out
     if step.mlp == "choose":
-        pre = F.linear(group_means(x), w1, b1)                                   # (B, G, F)
+        pre = F.linear(block_means(x, rows, GROUP), w1, b1)                                   # (B, G, F)
         moved = (pre - s.pre).abs()[:, None]                                     # (B, 1, G, F)
         columns, counts = choose_columns(moved, sparsity.mlp_keep, sparsity.mlp_random, None, _seed(s, step))
         s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]                # (B, G, K), (B, G)
@@ -194,14 +213,6 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
     return s.out
 
 
-def group_means(x):
-    """Mean token of every group of 128 rows, the last group ragged. x (B, N, C) -> (B, G, C)"""
-    n = x.shape[1]
-    tail = n % GROUP
-    means = x[:, :n - tail].unflatten(1, (-1, GROUP)).mean(2)        # (B, N // 128, C)
-    return means if tail == 0 else torch.cat([means, x[:, n - tail:].mean(1, keepdim=True)], dim=1)
-
-
 def columns_to_mask(columns, counts, n):
     """Column lists (..., K), counts (...) -> bool (..., n): is the column in the list?"""
     inside = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]          # (..., K)
@@ -210,8 +221,10 @@ def columns_to_mask(columns, counts, n):
     return mask.scatter_(-1, index, True)[..., :n]
 
 
-def _share(counts, n):
-    return counts.float().mean() / n                                 # stays on the device: nothing waits for it
+def _share(counts, n, unlisted=None):
+    """The share of n columns that is computed, means included. It stays on the device: nothing waits for it. -> ()"""
+    means = 0 if unlisted is None else unlisted.shape[-1]
+    return (counts.float().mean() + means) / n
 
 
 def _seed(layer_state, step):

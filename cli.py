@@ -211,7 +211,7 @@ def make_parser(doc, configs, video=False):
     add("--dense", action="store_true", help="recompute everything at every step: the plain model")
     add("--compare", action="store_true",
         help="dense and Chipmunk from the same noise, side by side, with PSNR, SSIM and both times")
-    add("--delta", choices=["mass", "paper"], help="how the remembered part of attention is added (cache.py)")
+    add("--delta", choices=["pooled", "mass", "paper"], help="how the remembered part of attention is added (cache.py)")
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
         help="attention columns recomputed at a sparse step, 0 to 1")
     add("--measure-steps", type=measure_steps, metavar="N|LIST",

@@ -663,10 +663,10 @@ def render(prompt, settings, compare=False):
     for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
         plan = make_plan(settings.steps, sparsity)
         if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
-            state = make_state(layers, sparsity, layout.static, settings.seed)
+            state = make_state(layers, sparsity, layout.static, settings.seed, n_video)
             sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
-        state = make_state(layers, sparsity, layout.static, settings.seed)
+        state = make_state(layers, sparsity, layout.static, settings.seed, n_video)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
         x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
         x.sum().item()                                               # wait for the device

@@ -8,6 +8,7 @@ GROUP neighbouring query rows share one list S_g of key columns and attend to th
     attention                   q, k, v -> o, lse                              dense attention
     attention_with_column_mass  q, k, v, lse_prev -> o, lse, mass              and how much each column is attended to
     choose_columns              mass, keep, random, static -> columns, counts  the list S_g of every group
+    block_means, count_unlisted x, n -> means; columns, counts, n -> unlisted  means stand in for unlisted columns
     column_sparse_attention     q, k, v, columns, counts -> o_S, lse_S         softmax over S_g only
     split_off_columns           ..., o, lse -> o_rest, lse_rest                dense without S_g: what a cache holds
     add_columns                 ..., o_rest, lse_rest -> o                     the cache plus a fresh S_g
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,7 @@ except ImportError:
     triton = None
 
 GROUP = 128                     # query rows per group: the [128, 1] pattern
+POOL = 64                       # neighbouring columns that one mean stands in for
 LOG2E = 1.0 / math.log(2.0)     # kernels use exp2; the public lse is a natural logarithm
 TINY_REST = 2.0 ** -17          # a share of the softmax below this is rounding error of an fp32 lse and counts as 0
 
@@ -160,12 +163,13 @@ def _store_rows(o_ptr, lse_ptr, o, lse, head, rows, N, D: tl.constexpr, LOG2E: t
 
 @_jit
 def _attend_tile(q, k_ptr, v_ptr, stride_kn, stride_vn, index, valid, scale, acc, m, z,
-                 D: tl.constexpr, WIDE_OFFSETS: tl.constexpr, TRACK_MAX: tl.constexpr):
+                 D: tl.constexpr, WIDE_OFFSETS: tl.constexpr, TRACK_MAX: tl.constexpr, weight=None):
     """Take one tile of columns into a running softmax -> acc, m, z, p.
 
-    index (columns,) says where the columns are, and valid (columns,) which of them count; None means all.
-    p = exp2(s scale - m), acc (rows, D) += p v, z (rows,) += sum of p. If TRACK_MAX, m (rows,) is the maximum of
-    s scale so far, otherwise it stays as given."""
+    index (columns,) says where the columns are, and valid (columns,) which of them count; None means all. weight
+    (columns,): how many columns each one stands for, 0 allowed; None means 1.
+    p = weight exp2(s scale - m), acc (rows, D) += p v, z (rows,) += sum of p. If TRACK_MAX, m (rows,) is the maximum
+    of s scale so far, otherwise it stays as given."""
     d = tl.arange(0, D)
     if WIDE_OFFSETS:
         index = index.to(tl.int64)
@@ -187,6 +191,8 @@ def _attend_tile(q, k_ptr, v_ptr, stride_kn, stride_vn, index, valid, scale, acc
         z *= shrink
         m = m_new
     p = tl.exp2(s * scale - m[:, None])                                           # (rows, columns)
+    if weight is not None:
+        p *= weight[None, :]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")                   # (rows, D)
     return acc, m, z + tl.sum(p, 1), p
 
@@ -601,6 +607,37 @@ def _choose_columns_op(mass, keep, random, static, seed, static_most):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# pool blocks: the mean of POOL neighbouring columns stands in for those of them that a group does not list
+#
+# With POOL = 4, eight columns, and a group that lists 1, 4 and 6, the two means count as 3 and 2 columns.
+
+
+class Pooled(NamedTuple):
+    """Means of blocks of POOL columns, and how many columns each mean stands in for. M = ceil(n / POOL) blocks."""
+    k: Tensor                                               # (B, H, M, D)
+    v: Tensor                                               # (B, H, M, D)
+    unlisted: Tensor                                        # (B, H, G, M) uint8
+
+
+def block_means(x: Tensor, n: int, size: int = POOL) -> Tensor:
+    """Means of blocks of `size` neighbours among the first n rows of x (..., N, D); the last block may be shorter.
+    -> (..., ceil(n / size), D)"""
+    full = n // size * size
+    means = x[..., :full, :].unflatten(-2, (-1, size)).mean(-2)                   # (..., n // size, D)
+    return means if full == n else torch.cat([means, x[..., full:n, :].mean(-2, keepdim=True)], -2)
+
+
+def count_unlisted(columns: Tensor, counts: Tensor, n: int) -> Tensor:
+    """How many columns of each block of POOL, among the first n, a list leaves out.
+    columns (..., G, K) int32 ascending, counts (..., G) -> (..., G, ceil(n / POOL)) uint8"""
+    slot = torch.arange(columns.shape[-1], device=columns.device)
+    ascending = torch.where(slot < counts[..., None], columns, 2**31 - 1)         # (..., G, K), padding last
+    ends = torch.arange(0, n + POOL, POOL, dtype=torch.int32, device=columns.device).clamp(max=n)      # (M + 1,)
+    below = torch.searchsorted(ascending, ends.expand(*counts.shape, -1).contiguous(), out_int32=True)
+    return (ends.diff() - below.diff()).to(torch.uint8)                           # (..., G, M)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # column-sparse attention: alone, split off a dense result, or added to a cached rest
 
 
@@ -614,34 +651,37 @@ def column_sparse_attention(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, co
 
 
 def split_off_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, o: Tensor,
-                      lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+                      lse: Tensor | None, pooled: Pooled | None = None) -> tuple[Tensor, Tensor | None]:
     """What is left of the dense result o (B, H, Nq, D) without the listed columns: the cache of a measure step.
 
-    Shapes as in `column_sparse_attention` -> o_rest (B, H, Nq, D), lse_rest (B, H, Nq) or None. Two rules:
+    Shapes as in `column_sparse_attention` -> o_rest (B, H, Nq, D), lse_rest (B, H, Nq) or None. With pooled, S also
+    holds the blocks' means, as often as they stand for columns. Two rules:
       lse None   the paper's:  o_rest = o - o_S
       lse given  by mass: S has the share w = exp(lse_S - lse) of the softmax, and the rest is a softmax of its own:
                  o_rest = (o - w o_S) / (1 - w), lse_rest = lse + log(1 - w). If nothing is left (w = 1 within
                  rounding), o_rest = 0 and lse_rest = -inf.
     """
-    o_rest, lse_rest = _column_sparse_attention_op(q, k, v, columns, counts, o, lse, "split")
+    o_rest, lse_rest = _column_sparse_attention_op(q, k, v, columns, counts, o, lse, "split", *(pooled or ()))
     return o_rest, None if lse is None else lse_rest
 
 
 def add_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, o_rest: Tensor,
-                lse_rest: Tensor | None) -> Tensor:
+                lse_rest: Tensor | None, pooled: Pooled | None = None) -> Tensor:
     """Fresh listed columns plus the cached rest: the attention output (B, H, Nq, D) of a sparse step.
 
     Shapes as in `column_sparse_attention`; o_rest, lse_rest as `split_off_columns` made them. Its two rules:
       lse_rest None   o = o_rest + o_S
       lse_rest given  two partial softmaxes merge: o = o_rest + sigmoid(lse_S - lse_rest) (o_S - o_rest)
-    Both give the dense result if q, k, v have not changed, or if every column is listed.
+    Both give the dense result if q, k, v have not changed, or if every column is listed. pooled: as it was split off,
+    with means of the fresh k and v.
     """
-    return _column_sparse_attention_op(q, k, v, columns, counts, o_rest, lse_rest, "add")[0]
+    return _column_sparse_attention_op(q, k, v, columns, counts, o_rest, lse_rest, "add", *(pooled or ()))[0]
 
 
 def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor,
-                                o: Tensor | None = None, lse: Tensor | None = None,
-                                epilogue: str = "none") -> tuple[Tensor, Tensor | None]:
+                                o: Tensor | None = None, lse: Tensor | None = None, epilogue: str = "none",
+                                k_mean: Tensor | None = None, v_mean: Tensor | None = None,
+                                unlisted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """All three: epilogue "none", "split" with the dense o, lse, or "add" with the cached o_rest, lse_rest."""
     (B, H, Nq, D), Nk = q.shape, k.shape[2]
     columns = columns[..., :max(1, int(counts.max()))]                            # (B, H, G, K)
@@ -654,8 +694,13 @@ def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor
         return rows.index_select(0, index.flatten()).view(*index.shape, D)        # (B, H, G, K, D)
 
     q_g = F.pad(q, (0, 0, 0, -Nq % GROUP)).unflatten(2, (-1, GROUP))              # (B, H, G, GROUP, D)
-    bias = torch.where(in_list, 0.0, -torch.inf)[..., None, :]                    # (B, H, G, 1, K)
-    o_S, lse_S, _ = _softmax(q_g, gather(k), gather(v), bias)                     # (B, H, G, GROUP, D)
+    k_S, v_S = gather(k), gather(v)                                               # (B, H, G, K, D)
+    bias = torch.where(in_list, 0.0, -torch.inf)                                  # (B, H, G, K)
+    if unlisted is not None:                                                      # M more columns, the blocks' means
+        k_S, v_S = (torch.cat([x, mean[:, :, None].expand(-1, -1, x.shape[2], -1, -1)], 3)
+                    for x, mean in ((k_S, k_mean), (v_S, v_mean)))                # (B, H, G, K + M, D)
+        bias = torch.cat([bias, unlisted.to(bias.dtype).log()], -1)               # (B, H, G, K + M)
+    o_S, lse_S, _ = _softmax(q_g, k_S, v_S, bias[..., None, :])                   # (B, H, G, GROUP, D)
     o_S = o_S.flatten(2, 3)[:, :, :Nq]                                            # (B, H, Nq, D)
     lse_S = lse_S.flatten(2, 3)[:, :, :Nq]                                        # (B, H, Nq)
 
@@ -678,9 +723,10 @@ def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor
 
 @_jit
 def _column_sparse_attention_kernel(
-        q_ptr, k_ptr, v_ptr, columns_ptr, counts_ptr, base_ptr, base_lse_ptr, o_ptr, lse_ptr,
+        q_ptr, k_ptr, v_ptr, columns_ptr, counts_ptr, k_mean_ptr, v_mean_ptr, unlisted_ptr,
+        base_ptr, base_lse_ptr, o_ptr, lse_ptr,
         stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-        stride_bb, stride_bh, stride_bn, H, Nq, K, scale, TINY_REST: tl.constexpr, EPILOGUE: tl.constexpr,
+        stride_bb, stride_bh, stride_bn, H, Nq, K, M, scale, TINY_REST: tl.constexpr, EPILOGUE: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, LOG2E: tl.constexpr,
         WIDE_OFFSETS: tl.constexpr):
     """One program: one group of rows against its listed columns. They are then split off the base, a dense result, or
@@ -718,6 +764,12 @@ def _column_sparse_attention_kernel(
         in_list = full + lane < count
         acc, m, z, _ = _attend_tile(q, k_ptr, v_ptr, stride_kn, stride_vn, index, in_list, scale, acc, m, z,
                                     D, WIDE_OFFSETS, TRACK_MAX=True)
+    if unlisted_ptr is not None:                                                  # the blocks' means, side by side
+        for start in range(0, M, BLOCK_N):
+            block = start + lane
+            unlisted = tl.load(unlisted_ptr + group * M + block, mask=block < M, other=0).to(tl.float32)  # (columns,)
+            acc, m, z, _ = _attend_tile(q, k_mean_ptr + head * M * D, v_mean_ptr + head * M * D, D, D, block, block < M,
+                                        scale, acc, m, z, D, WIDE_OFFSETS, TRACK_MAX=True, weight=unlisted)
 
     o = acc / tl.where(z > 0, z, 1.0)[:, None]                                    # (rows, D); 0 for an empty list
     lse = m + tl.log2(tl.where(z > 0, z, 1.0))                                    # (rows,); -inf for an empty list
@@ -737,8 +789,9 @@ def _column_sparse_attention_kernel(
 
 
 def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor,
-                                   o: Tensor | None = None, lse: Tensor | None = None,
-                                   epilogue: str = "none") -> tuple[Tensor, Tensor | None]:
+                                   o: Tensor | None = None, lse: Tensor | None = None, epilogue: str = "none",
+                                   k_mean: Tensor | None = None, v_mean: Tensor | None = None,
+                                   unlisted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     _check_operands(q, k, v)
     B, H, Nq, D = q.shape
     base = q if o is None else o                            # q stands in: without an epilogue the base is never read
@@ -749,10 +802,15 @@ def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Ten
     result_lse = None
     if _returns_lse(epilogue, lse):
         result_lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
+    M = 0
+    if unlisted is not None:
+        k_mean, v_mean, unlisted = k_mean.contiguous(), v_mean.contiguous(), unlisted.contiguous()
+        M = unlisted.shape[-1]
     # 8 warps, 3 stages: fastest for long lists on an H100
     _column_sparse_attention_kernel[(triton.cdiv(Nq, GROUP), B * H)](
-        q, k, v, columns.contiguous(), counts.contiguous(), base, base_lse, result, result_lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base.stride()[:3], H, Nq, columns.shape[-1],
+        q, k, v, columns.contiguous(), counts.contiguous(), k_mean, v_mean, unlisted,
+        base, base_lse, result, result_lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base.stride()[:3], H, Nq, columns.shape[-1], M,
         LOG2E / math.sqrt(D), TINY_REST=TINY_REST, EPILOGUE=epilogue, **_attention_constants(q, k, v),
         num_warps=8, num_stages=3)
     return result, result_lse
@@ -762,16 +820,17 @@ def _returns_lse(epilogue: str, lse: Tensor | None) -> bool:
     return epilogue == "none" or epilogue == "split" and lse is not None
 
 
-def _empty_column_sparse_attention(q, k, v, columns, counts, o, lse, epilogue):
+def _empty_column_sparse_attention(q, k, v, columns, counts, o, lse, epilogue, k_mean=None, v_mean=None, unlisted=None):
     lse_shape = q.shape[:3] if _returns_lse(epilogue, lse) else (0,)
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
 @_op("column_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor counts, Tensor? o, Tensor? lse, "
-     "str epilogue) -> (Tensor, Tensor)", _empty_column_sparse_attention)
-def _column_sparse_attention_op(q, k, v, columns, counts, o, lse, epilogue):
+     "str epilogue, Tensor? k_mean=None, Tensor? v_mean=None, Tensor? unlisted=None) -> (Tensor, Tensor)",
+     _empty_column_sparse_attention)
+def _column_sparse_attention_op(q, k, v, columns, counts, o, lse, epilogue, k_mean=None, v_mean=None, unlisted=None):
     run = _pick(q, column_sparse_attention_triton, column_sparse_attention_ref)
-    result, result_lse = run(q, k, v, columns, counts, o, lse, epilogue)
+    result, result_lse = run(q, k, v, columns, counts, o, lse, epilogue, k_mean, v_mean, unlisted)
     if result_lse is None:                                  # an op returns tensors only: an empty one says None
         result_lse = q.new_empty(0, dtype=torch.float32)
     return result, result_lse

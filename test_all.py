@@ -248,6 +248,35 @@ def test_column_sparse_attention_equals_sums_over_its_columns(poison, kind, dtyp
         assert_no_worse(got, want, want.to(dtype).double() + error, factor=3)
 
 
+@pytest.mark.parametrize("kind, dtype", [("definition", torch.float64), *TRITON])
+@pytest.mark.parametrize("Nq, Nk, D", SHAPES)
+def test_means_stand_in_for_columns_that_are_not_listed(poison, kind, dtype, Nq, Nk, D):
+    run, (q, k, v) = op("column_sparse_attention", kind), inputs(Nq, Nk, D, dtype)
+    lists = columns, counts = random_columns(Nq, Nk)
+    n = Nk - 3                                                              # the last columns belong to no block
+    means = [sk.block_means(x, n) for x in (k, v)]                          # (B, H, M, D) each
+    unlisted = sk.count_unlisted(columns, counts, n)                        # (B, H, G, M)
+    allowed = mask_of(columns, counts, Nq, Nk)                              # (B, H, Nq, Nk)
+    for b, start in enumerate(range(0, n, sk.POOL)):
+        block = slice(start, min(start + sk.POOL, n))
+        assert_near(means[0][:, :, b].double(), k[:, :, block].double().mean(2), 1e-2 if dtype in HALF else 1e-6)
+        left = (~allowed[:, :, ::sk.GROUP, block]).sum(-1)                  # (B, H, G)
+        assert torch.equal(unlisted[..., b].long(), left)
+
+    k_all, v_all = (torch.cat(pair, 2).double() for pair in zip((k, v), means, strict=True))   # (B, H, Nk + M, D)
+    rows = unlisted.repeat_interleave(sk.GROUP, 2)[:, :, :Nq]               # (B, H, Nq, M)
+    weights = torch.cat([allowed.double(), rows.double()], -1)              # how often a row attends to each
+    p = weights * (q.double() @ k_all.mT / D**0.5).exp()
+    want = p @ v_all / p.sum(-1, keepdim=True)                              # (B, H, Nq, D)
+    got = run(q, k, v, *lists, None, None, "none", *means, unlisted)[0]
+    torch.testing.assert_close(got.double(), want, atol=ATOL[dtype], rtol=0)
+    o = torch.randn_like(q)
+    rest = run(q, k, v, *lists, o, None, "split", *means, unlisted)[0]
+    torch.testing.assert_close(rest.double(), o.double() - want, atol=ATOL[dtype], rtol=0)
+    again = run(q, k, v, *lists, rest, None, "add", *means, unlisted)[0]
+    torch.testing.assert_close(again, o, atol=ATOL[dtype], rtol=0)
+
+
 @pytest.fixture(params=["public", pytest.param("triton", marks=needs_kernels)])
 def run_sparse(request, monkeypatch):
     """column_sparse_attention's one function behind its three public forms: the dispatcher, or the kernel."""
@@ -670,7 +699,9 @@ def block_lists(model):
 
 
 def fresh_state(model, sparsity, layout):
-    return make_state(sum(map(len, block_lists(model).values())), sparsity, layout.static, seed=0)
+    layers = sum(map(len, block_lists(model).values()))
+    pooled = len(layout.order) if isinstance(model, hunyuan_chipmunk.Hunyuan) else None        # its text stands behind
+    return make_state(layers, sparsity, layout.static, 0, pooled)
 
 
 def run_steps(name, sparsity, grid, text_length, steps, change=True):
@@ -706,7 +737,7 @@ every_size = pytest.mark.parametrize("name, grid, text_length", [
     ("wan", (1, 3, 5), 9), ("hunyuan", (4, 8, 8), 128), ("hunyuan", (5, 6, 9), 13), ("hunyuan", (1, 3, 5), 1)])
 
 
-@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
 @every_size
 def test_every_column_kept_equals_dense(name, grid, text_length, delta):
     sparsity = Sparsity(attn_keep=1.0, mlp_keep=1.0, mlp_random=0.0, measure=3, delta=delta, dense_layers=1)
@@ -714,7 +745,7 @@ def test_every_column_kept_equals_dense(name, grid, text_length, delta):
         assert_near(ours, dense)
 
 
-@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
 @every_size
 def test_nothing_changed_equals_dense(name, grid, text_length, delta):
     sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=4, delta=delta, dense_layers=1)
@@ -813,7 +844,7 @@ def test_flux_lays_its_weights_out_for_deltas_and_changes_no_value():
     assert_near(model(**given), before, 1e-6)
 
 
-@pytest.mark.parametrize("kind, delta", [("double", "mass"), ("single", "paper")])
+@pytest.mark.parametrize("kind, delta", [("double", "mass"), ("single", "paper"), ("single", "pooled")])
 def test_blocks_compile_without_a_graph_break(kind, delta):
     model = random_model("flux")
     model.lay_out_for_deltas()
@@ -1674,6 +1705,20 @@ def test_videos_are_written_whole_and_can_be_read(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.mp4", "a.png"]
     with pytest.raises(cli.Fail):
         media.write_video(tmp_path / "nowhere" / "a.mp4", frames, 8, texts)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone can fill the memory that it hands out")
+def test_an_mp4_does_not_depend_on_what_was_in_memory(tmp_path):
+    program = """import sys, torch, media
+    picture = torch.rand(3, 64, 112, generator=torch.Generator().manual_seed(0))
+    frames = [picture[:, :, 2 * i:96 + 2 * i] for i in range(5)]
+    media.write_video(media.Path(sys.argv[1]), iter(frames), 8, {})""".replace("\n    ", "\n")
+    files = []
+    for fill in ("1", "170"):                                               # the byte that new memory is filled with
+        files.append(tmp_path / f"{fill}.mp4")
+        env = os.environ | {"MALLOC_PERTURB_": fill}
+        subprocess.run([sys.executable, "-c", program, str(files[-1])], check=True, env=env, cwd=HERE)
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_psnr_and_ssim_measure_likeness():

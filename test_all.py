@@ -1817,7 +1817,7 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
         return {part: (folder / file).read_bytes() for part, file in recipe.files.items()}
     before = train(*stages[:-1])
     monkeypatch.setattr(train_tiny, "autoencoder_loss", lambda *given: None)
-    after = train(*stages)                                                  # goes on with the last stage, trains no other
+    after = train(*stages)                                                  # trains the last stage alone
     assert after[recipe.autoencoder] == before[recipe.autoencoder]
     assert after[recipe.painters[0]] != before[recipe.painters[0]]
     for part in recipe.files:

@@ -1,18 +1,15 @@
-"""Draws captioned scenes and trains the embedded models on them, from nothing.
+"""Trains the embedded models on drawn scenes (scenes.py), from nothing.
 
-    python train_tiny.py flux              rebuilds weights/flux-tiny: tokenizers, autoencoder, text encoders, transformer
+    python train_tiny.py flux              makes weights/flux-tiny: tokenizers, autoencoder, text encoders, transformer
     python train_tiny.py wan               weights/wan-tiny
     python train_tiny.py hunyuan           weights/hunyuan-tiny
 
-The world: one to three coloured shapes on a coloured background, drawn from signed distances, or in a video one shape that
-moves, grows, shrinks, rotates or bounces; and a caption that says what is where and what it does. Some (colour, shape,
-relation or motion) combinations are held out of training: bench.py scores the models on those.
-
-The recipe, every stage resumable (interrupt it, run it again):
-    1. autoencoder     reconstruct drawn pictures; latents kept standard normal, so that scale = 1 and shift = 0 (a video's
-                       learns single frames first: many scenes at a time, which is what it lacks with whole videos)
-    2. flow            v = noise - latents from cached latents, text encoders trained along, 10 % empty prompts: at 128 px,
-                       where what goes where is cheap to learn, then larger, up to the model's default size
+Every model has a recipe (RECIPES), a list of stages that one loop (run_stage) runs. Interrupt it, run it again, and it
+goes on from its last checkpoint:
+    1. autoencoder     reconstruct drawn pictures; latents kept standard normal, so that scale = 1 and shift = 0. A
+                       video's learns single frames first: many scenes at a time, which whole videos do not give it
+    2. flow            v = noise - latents from cached latents, text encoders trained along, 10 % empty prompts. It
+                       starts at 128 px, because there it is cheap to learn what goes where, and grows from there
     3. guided          FLUX.1-dev's and HunyuanVideo's guidance distillation: the student with guidance g in its input
                        learns v_empty + g (v_prompt - v_empty) of the frozen model of stage 2, for g from 1 up
                        (Wan2.1 computes that sum at every step of sampling instead)
@@ -47,8 +44,8 @@ from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 
 
 def train_unigram(folder, captions, vocab, special, template):
-    """A T5-like tokenizer.json from captions: special tokens first, number 0 of them the padding; template puts some around
-    the text."""
+    """A T5-like tokenizer.json from captions: special tokens first, number 0 of them the padding; template puts some
+    around the text."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(),
                                                  normalizers.Replace(Regex(r"\s+"), " ")])
@@ -56,8 +53,8 @@ def train_unigram(folder, captions, vocab, special, template):
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.train_from_iterator(captions, trainers.UnigramTrainer(
         vocab_size=vocab, special_tokens=special, unk_token="<unk>", initial_alphabet=[chr(c) for c in range(33, 127)]))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(token, special.index(token)) for token in template.split() if token in special])
+    numbered = [(token, special.index(token)) for token in template.split() if token in special]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=numbered)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return load_t5_tokenizer(folder / "tokenizer.json")
@@ -67,13 +64,15 @@ def train_bpe(folder, captions, vocab):
     """A CLIP-like vocab.json + merges.txt (byte-level BPE) from captions."""
     clip = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     clip.normalizer = normalizers.Lowercase()
-    clip.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+    words = Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    clip.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True),
                                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])
     clip.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=vocab - 514, end_of_word_suffix="</w>", special_tokens=[]))
     merges = [" ".join(pair) for pair in json.loads(clip.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(dict.fromkeys(tokens))}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
@@ -109,20 +108,21 @@ class Recipe:
     files: dict                # part -> its safetensors file
     autoencoder: str           # which part that is
     painters: tuple            # the parts that are trained together: the transformer and its text encoders
-    zero: str                  # pattern of the transformer's parameters that start at zero, so that every block starts as the identity
+    zero: str                  # pattern of the transformer's parameters that start at 0: every block as the identity
     stages: tuple              # of Stage: the autoencoder's, then the painters'
     make_scene: Callable       # (rng) -> Scene
-    make_reader: Callable      # (folder, captions, config): writes tokenizers -> a function from B prompts to a few tensors (B, L)
+    make_reader: Callable      # (folder, captions, config): writes tokenizers -> read(B prompts) -> tensors (B, L)
     encode: Callable           # (autoencoder, pictures) -> mean and log variance of the latents (B, 2 z, ...)
     make_layout: Callable      # (config, grid, device) -> the model's layout
-    velocity: Callable         # (painters, latents, t, prompts' tensors, guidance, layout) -> velocity, shaped as the latents
+    velocity: Callable         # (painters, latents, t, prompts' tensors, guidance, layout) -> velocity
 
 
 def flux_reader(folder, captions, config):
     t5 = train_unigram(folder / "tokenizer_2", captions, config.t5.vocab, ["<pad>", "</s>", "<unk>"], "$A </s>")
     clip = train_bpe(folder / "tokenizer", captions, config.clip.vocab)
     end = clip.token_to_id("<|endoftext|>")
-    return lambda prompts: (tokenize(t5, prompts, config.text_length, 0)[0], tokenize(clip, prompts, config.clip.length, end)[0])
+    return lambda prompts: (tokenize(t5, prompts, config.text_length, 0)[0],
+                            tokenize(clip, prompts, config.clip.length, end)[0])
 
 
 def flux_velocity(painters, x, t, tokens, guidance, layout):
@@ -142,7 +142,7 @@ def wan_velocity(painters, x, t, tokens, guidance, layout):
     return painters.wan(x, 1000 * t, painters.umt5(ids, mask) * mask[..., None], layout)
 
 
-HUNYUAN_TEXT = 48              # tokens: no caption has more, and masked attention is fast where all tokens are a multiple of 16
+HUNYUAN_TEXT = 48              # tokens: no caption has more, and masked attention likes multiples of 16
 
 
 def hunyuan_reader(folder, captions, config):
@@ -152,7 +152,8 @@ def hunyuan_reader(folder, captions, config):
     end = clip.token_to_id("<|endoftext|>")
 
     def read(prompts):
-        ids, mask, _ = tokenize(llama, [config.template.format(prompt) for prompt in prompts], config.crop + HUNYUAN_TEXT, 0)
+        texts = [config.template.format(prompt) for prompt in prompts]
+        ids, mask, _ = tokenize(llama, texts, config.crop + HUNYUAN_TEXT, 0)
         return ids, mask[:, config.crop:], tokenize(clip, prompts, config.clip.length, end)[0]
     return read
 
@@ -165,7 +166,8 @@ def hunyuan_velocity(painters, x, t, tokens, guidance, layout):
 
 RECIPES = {
     "flux": Recipe(
-        program=flux_chipmunk, files={part: file for part, (file,) in flux_chipmunk.CONFIGS["tiny"].files.items()},
+        program=flux_chipmunk,
+        files={part: file for part, (file,) in flux_chipmunk.CONFIGS["tiny"].files.items()},
         autoencoder="autoencoder", painters=("flux", "t5", "clip"), zero=r"\.lin\.|final_layer",
         stages=(Stage("autoencoder", 256, 100_000, 32, 2_500, (1e-3, 1e-5)),
                 Stage("flow 128", 128, 100_000, 512, 4_220, (1e-3, 1e-3)),
@@ -174,7 +176,8 @@ RECIPES = {
                 Stage("guided 512", 512, 16_000, 256, 360, (3e-4, 0.0), ema=0.99, guidance=5.0)),
         make_scene=make_scene, make_reader=flux_reader, velocity=flux_velocity,
         encode=lambda autoencoder, pictures: autoencoder.encoder(pictures),
-        make_layout=lambda config, grid, device: flux_chipmunk.make_layout(config.flux, *grid, config.text_length, device)),
+        make_layout=lambda config, grid, device:
+            flux_chipmunk.make_layout(config.flux, *grid, config.text_length, device)),
     "wan": Recipe(
         program=wan_chipmunk, files=wan_chipmunk.FILES,
         autoencoder="vae", painters=("wan", "umt5"), zero=r"time_proj|scale_shift_table|attn2\.to_out|^proj_out",
@@ -184,10 +187,12 @@ RECIPES = {
                 Stage("flow 256", 256, 16_000, 128, 4_400, (1e-3, 1e-5), frames=17)),
         make_scene=make_moving_scene, make_reader=wan_reader, velocity=wan_velocity,
         encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos, {})),
-        make_layout=lambda config, grid, device: wan_chipmunk.make_layout(config.wan, grid, config.window, device)),
+        make_layout=lambda config, grid, device:
+            wan_chipmunk.make_layout(config.wan, grid, config.window, device)),
     "hunyuan": Recipe(
         program=hunyuan_chipmunk, files=hunyuan_chipmunk.FILES,
-        autoencoder="vae", painters=("hunyuan", "llama", "clip"), zero=r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear|^proj_out",
+        autoencoder="vae", painters=("hunyuan", "llama", "clip"),
+        zero=r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear|^proj_out",
         stages=(Stage("autoencoder 1", 128, 40_000, 16, 1_000, (6e-4, 6e-4), frames=1),
                 Stage("autoencoder 17", 128, 40_000, 4, 5_000, (6e-4, 1e-5), frames=17),
                 Stage("flow 128", 128, 20_000, 256, 5_000, (1e-3, 1e-3), frames=17),
@@ -195,7 +200,8 @@ RECIPES = {
                 Stage("guided 256", 256, 16_000, 128, 520, (3e-4, 0.0), ema=0.995, frames=17, guidance=7.0)),
         make_scene=make_moving_scene, make_reader=hunyuan_reader, velocity=hunyuan_velocity,
         encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos)),
-        make_layout=lambda config, grid, device: hunyuan_chipmunk.make_layout(config.hunyuan, grid, HUNYUAN_TEXT, device))}
+        make_layout=lambda config, grid, device:
+            hunyuan_chipmunk.make_layout(config.hunyuan, grid, HUNYUAN_TEXT, device))}
 
 # ---------------------------------------------------------------------------------------------------------
 # training
@@ -203,8 +209,8 @@ RECIPES = {
 
 def make_optimizers(model):
     """Muon for the matrices inside the blocks of a transformer, which it teaches faster; AdamW for everything else."""
-    matrices = [p for name, p in model.named_parameters()
-                if p.dim() == 2 and re.search(r"(blocks?|layers)\.\d+\.", name) and "relative_attention_bias" not in name]
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2
+                and re.search(r"(blocks?|layers)\.\d+\.", name) and "relative_attention_bias" not in name]
     ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids]
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
@@ -250,8 +256,10 @@ def run_stage(stage, model, loss, folder, device):
         if step + 1 == stage.steps or time.monotonic() - written > 60:
             written = time.monotonic()
             seconds = spent + written - start
-            torch.save({"stage": repr(stage), "step": step + 1, "seconds": seconds, "model": model.state_dict(), "ema": ema.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file.with_suffix(".tmp"))
+            saved = {"stage": repr(stage), "step": step + 1, "seconds": seconds,
+                     "model": model.state_dict(), "ema": ema.state_dict(),
+                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            torch.save(saved, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
     model.load_state_dict(ema.state_dict())
     return spent + time.monotonic() - start
@@ -271,9 +279,10 @@ def channels_last(model):
 
 @torch.no_grad()
 def make_autoencoder(recipe, config):
-    """The autoencoder. In a video's, the convolutions around the latents start as the identity and with little noise between
-    them, so that the decoder soon sees what the encoder says. Wan2.1's puts zeros before the first frame, from which single
-    frames learn nothing: there no frame looks back at first, and time is halved and doubled by leaving out and repeating."""
+    """The autoencoder. In a video's, the convolutions around the latents start as the identity and with little noise
+    between them, so that the decoder soon sees what the encoder says. Wan2.1's puts zeros before the first frame, from
+    which single frames learn nothing: there no frame looks back at first, and time is halved and doubled by leaving out
+    and repeating."""
     autoencoder = recipe.program.parts(config)[recipe.autoencoder]()
     for name, conv in autoencoder.named_modules():
         if name in ("quant_conv", "post_quant_conv"):
@@ -282,7 +291,8 @@ def make_autoencoder(recipe, config):
         elif isinstance(conv, wan_chipmunk.CausalConv) or name.endswith("time_conv"):
             conv.weight[:, :, :-1] = 0.0
             if name.endswith("time_conv"):                           # C -> C or, for two frames, 2 C
-                conv.weight[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(conv.out_channels // conv.in_channels, 1)
+                copies = conv.out_channels // conv.in_channels
+                conv.weight[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(copies, 1)
                 nn.init.zeros_(conv.bias)
         if name == "quant_conv":
             conv.bias[config.vae.z:] = -4.0                          # log variance
@@ -291,7 +301,9 @@ def make_autoencoder(recipe, config):
 
 def show(scenes, stage, device, window=(0.0, 0.0, 1.0)):
     """Pictures (B, 3, size, size) or videos (B, 3, frames, size, size) of scenes."""
-    return draw_videos(scenes, stage.size, stage.frames, device, window) if stage.frames else draw(scenes, stage.size, device, window)
+    if stage.frames:
+        return draw_videos(scenes, stage.size, stage.frames, device, window)
+    return draw(scenes, stage.size, device, window)
 
 
 def autoencoder_loss(recipe, autoencoder, scenes, stage, device):
@@ -307,11 +319,12 @@ def autoencoder_loss(recipe, autoencoder, scenes, stage, device):
 
     def loss(generator):
         rng = random.Random(generator.initial_seed())
-        side = rng.choice((1.0, 0.5))                                # half the batches look at pictures of twice the size
+        side = rng.choice((1.0, 0.5))                                # half the batches see pictures of twice the size
         window = (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side)
         pictures = show(rng.sample(scenes, stage.batch), stage, device, window)
-        for _ in range(3 if stage.frames else 0):                    # videos show one thing: four on top of each other teach more
-            pictures = draw_videos(rng.sample(scenes, stage.batch), stage.size, stage.frames, device, window, pictures)
+        for _ in range(3 if stage.frames else 0):                    # videos show one thing: four in one teach more
+            more = rng.sample(scenes, stage.batch)
+            pictures = draw_videos(more, stage.size, stage.frames, device, window, pictures)
         *time, h, w = stage.grid
         noise = torch.randn(stage.batch, autoencoder.config.z, *time, 2 * h, 2 * w, generator=generator, device=device)
         with half_precision(device):
@@ -355,7 +368,7 @@ def compile_blocks(model):
 
 def flow_loss(recipe, painters, teacher, latents, tokens, empty, stage, layout, device):
     """Flow matching on cached latents; with a teacher, matching its guided velocity instead."""
-    shift = 0.16 * math.prod(stage.grid)**0.5                        # towards noise: it is above t = 0.9 that things find their places
+    shift = 0.16 * math.prod(stage.grid)**0.5                        # towards noise: things find their places early
     for model in painters, teacher or painters:
         compile_blocks(model)
 
@@ -378,9 +391,11 @@ def flow_loss(recipe, painters, teacher, latents, tokens, empty, stage, layout, 
             else:
                 guidance = 1 + (stage.guidance - 1) * uniform()
                 with torch.no_grad():
+                    nothing = [e.expand_as(i) for e, i in zip(empty, prompts)]               # (B, L) each
                     prompted = recipe.velocity(teacher, x, t, prompts, one, layout)
-                    unprompted = recipe.velocity(teacher, x, t, [e.expand_as(i) for e, i in zip(empty, prompts)], one, layout)
-                    target = unprompted + guidance.view(-1, *[1] * (clean.dim() - 1)) * (prompted - unprompted)
+                    unprompted = recipe.velocity(teacher, x, t, nothing, one, layout)
+                    weight = guidance.view(-1, *[1] * (clean.dim() - 1))
+                    target = unprompted + weight * (prompted - unprompted)
             velocity = recipe.velocity(painters, x, t, prompts, guidance, layout)
         return F.mse_loss(velocity.float(), target.float())
     return loss
@@ -392,13 +407,15 @@ def save(module, file):
 
 
 def train(recipe, folder, work, device):
-    """Every stage of a recipe, then the weights as half-precision safetensors in folder, laid out as the model's repository."""
+    """Run every stage of a recipe. The weights go into folder as half-precision safetensors, laid out as the model's
+    repository."""
     config = recipe.program.CONFIGS["tiny"]
     files = {part: folder / file for part, file in recipe.files.items()}
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     rng = random.Random(0)
-    scenes = [recipe.make_scene(rng) for _ in tqdm(range(max(s.scenes for s in recipe.stages)), "scenes", mininterval=2)]
+    most = max(stage.scenes for stage in recipe.stages)
+    scenes = [recipe.make_scene(rng) for _ in tqdm(range(most), "scenes", mininterval=2)]
     captions = [scene.caption for scene in scenes]
     read = recipe.make_reader(folder, captions[:20_000], config)
     tokens, empty = ([i.to(device) for i in read(prompts)] for prompts in (captions, [""]))          # (n, L), (1, L)
@@ -408,14 +425,16 @@ def train(recipe, folder, work, device):
     latents, size, seconds = None, None, 0.0
     for stage in recipe.stages:
         if stage.name.startswith("autoencoder"):
-            seconds += run_stage(stage, autoencoder, autoencoder_loss(recipe, autoencoder, scenes[:stage.scenes], stage, device), work, device)
+            loss = autoencoder_loss(recipe, autoencoder, scenes[:stage.scenes], stage, device)
+            seconds += run_stage(stage, autoencoder, loss, work, device)
             save(autoencoder, files[recipe.autoencoder])
             continue
         if size != stage.size:
             latents, size = cache_latents(autoencoder, scenes[:stage.scenes], stage, work, device), stage.size
         teacher = copy.deepcopy(painters).requires_grad_(False) if stage.guidance else None
         layout = recipe.make_layout(config, stage.grid, device)
-        seconds += run_stage(stage, painters, flow_loss(recipe, painters, teacher, latents, tokens, empty, stage, layout, device), work, device)
+        loss = flow_loss(recipe, painters, teacher, latents, tokens, empty, stage, layout, device)
+        seconds += run_stage(stage, painters, loss, work, device)
         for part in recipe.painters:
             save(painters[part], files[part])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -6,7 +6,7 @@ combinations of colour, shape and relation (or motion) are held out of training.
 
 The judge knows the pixels alone. In a picture it looks for every asked-for thing: which palette colour is where, in one
 piece, and which shape fills its bounding box best. In a video it looks for the one thing's colour, shape and background
-in the first, the middle and the last frame; where the thing stands, how large it is and how it is turned, in every
+in the first, the middle and the last frame; its place, its size and how it is turned, in every
 second frame, tell whether it moves as asked.
 """
 import math
@@ -49,7 +49,7 @@ class Scene:
     background: str
     caption: str
     motion: str = ""           # of things[0] in a video, or ""
-    end: Thing | None = None   # things[0] at its end, or halfway where it bounces
+    end: Thing | None = None   # things[0] at its end, or halfway if it bounces
 
 
 def held_out(colour, shape, doing):
@@ -236,7 +236,7 @@ def moments(scenes, frames, device):
 
 def draw_videos(scenes, size, frames, device="cpu", window=(0.0, 0.0, 1.0), behind=None):
     """Scenes with a motion -> videos (B, 3, T, size, size) in -1..1; their things on the videos `behind` instead of
-    their backgrounds, where those are given."""
+    their backgrounds, if those are given."""
     places = moments(scenes, frames, device)
     covers = torch.empty(len(scenes), frames, size, size, device=device)         # (B, T, size, size)
     for shape in SHAPES:

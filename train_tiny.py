@@ -266,7 +266,7 @@ def run_stage(stage, model, loss, folder, device):
 
 
 def half_precision(device):
-    """bf16 autocast on a GPU; float32 on a CPU, where few are fast in anything else."""
+    """bf16 autocast on a GPU; float32 on a CPU: few CPUs are fast in anything else."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -350,7 +350,7 @@ def cache_latents(autoencoder, scenes, stage, work, device):
 
 
 def make_painters(recipe, config):
-    """The transformer and its text encoders, with zeros where the recipe wants them."""
+    """The transformer and its text encoders, with the zeros that the recipe wants."""
     makers = recipe.program.parts(config)
     painters = nn.ModuleDict({part: makers[part]() for part in recipe.painters})
     for name, p in painters[recipe.painters[0]].named_parameters():

@@ -680,11 +680,12 @@ def main():
     chipmunk.add_argument("--mlp-keys", type=cli.number(float, 0, 1), metavar="SHARE",
                           help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
     args, settings = cli.parse(parser, CONFIGS)
-    out = media.check_out(args.out, "flux", (".png",))
+    out = args.out or Path("flux.png")
+    media.check_out(out, (".png",))
 
     start = time.perf_counter()
     pictures, reports = zip(*render(args.prompt, settings, args.compare))
-    media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings))
+    out = media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings), new=args.out is None)
     print(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
           f"{time.perf_counter() - start:.1f} s")
     ours = reports[-1]

@@ -784,7 +784,9 @@ def work_done(config, n_video, n_text, plan, state):
 def main():
     parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
     args, settings = cli.parse(parser, CONFIGS)
-    out = media.check_out(args.out, "hunyuan", (".mp4", ".png") if settings.frames > 1 else (".png",))
+    suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
+    out = args.out or Path("hunyuan" + suffixes[0])
+    media.check_out(out, suffixes)
 
     start = time.perf_counter()
     videos, reports = zip(*render(args.prompt, settings, args.compare))
@@ -792,7 +794,7 @@ def main():
     if args.compare:
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
         video = torch.cat([dense, ours], dim=3)
-    media.write_video(out, video, settings.fps, cli.describe(args, settings))
+    out = media.write_video(out, video, settings.fps, cli.describe(args, settings), new=args.out is None)
     print(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
           f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
     if settings.sparsity:

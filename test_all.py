@@ -1828,3 +1828,33 @@ def test_tables_that_need_a_gpu_say_so(monkeypatch, table):
     monkeypatch.setattr(sys, "argv", ["bench.py", table])
     with pytest.raises(cli.Fail, match="needs a GPU"):
         bench.main()
+
+# =========================================================================================================
+# Faults: what users of such programs report, each kind once
+
+
+def start(name, *flags, cwd, env=(), **options):
+    """A model's command line in a process of its own, on the CPU, its output in pipes. -> Popen"""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | dict(env)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    short = [f"--{key}={value}" for key, value in (SHORT[name] | {"steps": 2, "device": "cpu"}).items()]
+    command = [sys.executable, PROGRAMS[name].__file__, f"--prompt={PROMPT}", *short, *flags]
+    return subprocess.Popen(command, cwd=cwd, env=env, **options)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_two_runs_in_one_folder_do_not_meet(tmp_path, named):
+    flags = [["--seed=1"], ["--seed=2"]]
+    runs = [start("wan", *more, *(["--out=a.mp4"] if named else []), cwd=tmp_path) for more in flags]
+    said = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert {file.name for file in tmp_path.iterdir()} == ({"a.mp4"} if named else {"wan.mp4", "wan-2.mp4"})
+    seeds = {read_video(file)[1]["seed"] for file in tmp_path.iterdir()}
+    assert seeds < {"1", "2"} if named else seeds == {"1", "2"}
+
+
+def test_a_free_name_is_taken_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(lambda _: media.claim(tmp_path / "a.png"), range(40)))
+    assert {name.name for name in names} == {"a.png"} | {f"a-{i}.png" for i in range(2, 41)}

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cli import Fail
+from cli import Fail, out_of_memory
 
 # Tensors that some exports carry twice or that are no weights; every other name must be the model's.
 IGNORED = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}
+FLOATS = "F16", "BF16", "F32", "F64"                                 # what a tensor may be, in safetensors' words
 
 # ---------------------------------------------------------------------------------------------------------
 # finding files
@@ -28,13 +29,26 @@ def reason(error):
 
 def weight_files(weights, names):
     """Paths of the named files in a folder or Hugging Face repository (downloaded to its cache, with progress bars).
-    Raises Fail if one is missing, access is not granted, or the Hub cannot be reached."""
+    Raises Fail if one is missing or cannot be read, access is not granted, or the Hub cannot be reached."""
     if not os.path.isdir(weights):
-        return download(str(weights), names)
-    for name in names:
-        if not os.path.isfile(Path(weights) / name):
-            raise Fail(f"{weights} has no {name}; --weights wants a folder laid out like the model's repository")
-    return [Path(weights) / name for name in names]
+        files = download(str(weights), names)
+    else:
+        files = [Path(weights) / name for name in names]
+    for name, file in zip(names, files):
+        try:                                                         # libraries would hide what the system says
+            with open(file, "rb") as opened:
+                opened.read(1)
+        except FileNotFoundError:
+            raise Fail(f"{weights} has no {name}; --weights wants a folder laid out like the model's repository"
+                       ) from None
+        except OSError as error:
+            raise cannot_read(file, error) from None
+    return files
+
+
+def cannot_read(file, error):
+    """What to raise for an OSError: a file that cannot be read is not damaged."""
+    return error if out_of_memory(error) else Fail(f"cannot read {file}: {error.strerror or reason(error)}")
 
 
 def download(repository, names):
@@ -86,11 +100,14 @@ def load_tokenizer(load, path):
     try:
         return load(path)
     except Exception as error:                                       # the tokenizers library raises nothing narrower
+        if out_of_memory(error):
+            raise
         raise Fail(f"{path} is no tokenizer that can be read ({reason(error)}); fetch it again") from None
 
 
 def read_headers(files):
-    """{tensor name: (file, shape)} of safetensors files. Raises Fail if one is damaged or of another format."""
+    """{tensor name: (file, shape)} of safetensors files. Raises Fail if one cannot be read, is damaged or of another
+    format, or has tensors that are no floats."""
     found = {}
     for file in files:
         try:
@@ -98,9 +115,15 @@ def read_headers(files):
                 for name in set(tensors.keys()) - IGNORED:
                     if name in found:
                         raise Fail(f"{file} repeats {name}, which {found[name][0]} has; fetch both again")
-                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
+                    entry = tensors.get_slice(name)
+                    if entry.get_dtype() not in FLOATS:
+                        raise Fail(f"{file} is quantised: {name} is {entry.get_dtype()}; this program reads "
+                                   f"{', '.join(FLOATS)}: fetch the weights that are not quantised")
+                    found[name] = file, tuple(entry.get_shape())
+        except SafetensorError as error:
             raise Fail(f"{file} is no complete safetensors file ({reason(error)}); fetch it again") from None
+        except OSError as error:
+            raise cannot_read(file, error) from None
     return found
 
 

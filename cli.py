@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, fields, replace
@@ -31,6 +32,33 @@ def note(text):
     print(f"note: {text}", file=sys.stderr)
 
 
+# Libraries say in many words that memory ran out, in a RuntimeError or OSError that is used for other things, too:
+# CUDA, cuBLAS, cuDNN (which then finds no plan or engine), torch on a CPU, mmap, and Windows' paging file (1455).
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|(?:can't|cannot|unable to) allocate|not enough memory|STATUS_ALLOC_FAILED|os error 1455|"
+    r"no valid execution plans|unable to find an engine|valid cuDNN algorithm", re.IGNORECASE)
+ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTP]iB)")  # made here: without memory nothing is compiled
+
+
+def out_of_memory(error):
+    """Does this exception say that memory ran out?"""
+    if isinstance(error, MemoryError):                               # Python's, numpy's and safetensors'
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def memory_advice(error):
+    """The line for an out_of_memory exception: how much was asked for, if it tells, and which flags help."""
+    asked = ASKED.search(str(error))
+    more = ""
+    if asked and asked[2] == "bytes":
+        more = f" ({int(asked[1]) / 1e9:.2f} GB more were needed)"
+    elif asked:
+        more = f" ({asked[1]} {asked[2]} more were needed)"
+    return (f"out of memory{more}; --dense needs no caches, a smaller --width and --height need less of everything, "
+            "--dtype bfloat16 half of float32")
+
+
 def run(main):
     """Call main. A Fail, Ctrl-C or a lack of memory ends in one line on stderr and a non-zero exit status."""
     try:
@@ -43,11 +71,10 @@ def run(main):
     except BrokenPipeError:                                          # `... | head` closed our stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
             raise
-        sys.exit("error: out of memory; --dense needs no caches, "
-                 "a smaller --width and --height need less of everything")
+        sys.exit(f"error: {memory_advice(error)}")
 
 # ---------------------------------------------------------------------------------------------------------
 # settings

@@ -1858,3 +1858,57 @@ def test_a_free_name_is_taken_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         names = list(pool.map(lambda _: media.claim(tmp_path / "a.png"), range(40)))
     assert {name.name for name in names} == {"a.png"} | {f"a-{i}.png" for i in range(2, 41)}
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other call"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built."),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                 "to allocate 36000000000 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to "
+                 "allocate 36000000000 bytes."),
+    RuntimeError("unable to mmap 36000000000 bytes from file <a.safetensors>: Cannot allocate memory (12)"),
+    MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"), MemoryError(),
+    OSError("The paging file is too small for this operation to complete. (os error 1455)"),
+    OSError(12, "Cannot allocate memory")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
+def test_out_of_memory_is_understood_in_every_wording(call, monkeypatch, tmp_path, error):
+    def refuse(*args, **kwargs):
+        raise error
+    for owner, name in (flux_chipmunk, "sample"), (checkpoints, "safe_open"):
+        with monkeypatch.context() as m:
+            m.setattr(owner, name, refuse)
+            outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
+        assert "out of memory" in error_of(outcome) and "--dense" in error_of(outcome)
+        assert len(outcome[2]) == 1 and not list(tmp_path.iterdir())
+        for asked, said in ("20.00 GiB", "20.00 GiB"), ("36000000000", "36.00 GB"), ("7.28 TiB", "7.28 TiB"):
+            assert (asked in str(error)) == (f"({said} more were needed)" in error_of(outcome))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    for error in RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(28, "No space left on device"), \
+            RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"):
+        assert not cli.out_of_memory(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
+@pytest.mark.parametrize("room", [3e7, 1.5e8])
+def test_a_limit_of_address_space_ends_in_one_line(tmp_path, room):
+    limited = f"""
+import resource, sys
+import cli, flux_chipmunk, media, safetensors, PIL.PngImagePlugin
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + {int(room)}, now + {int(room)}))
+sys.argv = ["flux_chipmunk.py", "--prompt=a", "--device=cpu", "--out={tmp_path}/a.png", "--width=1024", "--height=1024"]
+cli.run(flux_chipmunk.main)
+"""
+    result = subprocess.run([sys.executable, "-c", limited], cwd=HERE, capture_output=True, text=True)
+    *_, last = result.stderr.splitlines()
+    assert result.returncode == 1 and last.startswith("error: out of memory"), result.stderr
+    assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())

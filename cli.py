@@ -59,6 +59,32 @@ def memory_advice(error):
             "--dtype bfloat16 half of float32")
 
 
+def check_finite(x, part, dtype, before=None):
+    """Begin to look for NaN and infinity in x, which `part` made in `dtype`, without waiting for the device.
+    -> a function that ends this: it raises Fail if there are any. before: such a function of an earlier x, which is
+    ended now, when the device has more to do."""
+    finite = x.isfinite().all().to("cpu", non_blocking=True)         # ()
+    copied = torch.cuda.Event() if x.is_cuda else None
+    if copied:
+        copied.record()
+
+    def end():
+        if copied:
+            copied.synchronize()
+        if not finite:
+            raise Fail(f"{part} gave NaN or infinity, so there is nothing to show; {not_finite_advice(dtype)}")
+    if before:
+        before()
+    return end
+
+
+def not_finite_advice(dtype):
+    """The usual cause of NaN or infinity, and the flag that helps."""
+    if dtype == torch.float32:
+        return "usually the weights are damaged: fetch them again; --dense tells whether the caches are to blame"
+    return "usually a number is too large for half precision: try --dtype float32, then fetch the weights again"
+
+
 def run(main):
     """Call main. A Fail, Ctrl-C or a lack of memory ends in one line on stderr and a non-zero exit status."""
     try:

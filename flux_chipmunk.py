@@ -523,12 +523,14 @@ def make_noise(z, height, width, seed):
 
 def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):
     """Euler steps from noise x (B, N, channels) to image tokens. plan: an iterable of Step; dense without plan and
-    state. -> (B, N, channels)"""
+    state. Raises Fail at NaN or infinity, a step later. -> (B, N, channels)"""
     guidance = x.new_full((x.shape[0],), guidance)                   # (B,)
-    plan = plan or [None] * (len(sigmas) - 1)
-    for step, sigma, sigma_next in zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist()):
+    plan, checked = plan or [None] * (len(sigmas) - 1), None
+    for i, (step, sigma, sigma_next) in enumerate(zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist())):
         t = x.new_full((x.shape[0],), sigma)                         # (B,)
         x = x + (sigma_next - sigma) * model(x, t, text, pooled, guidance, layout, state, step)
+        checked = cli.check_finite(x, f"step {i} of the transformer", x.dtype, checked)
+    checked()                                                        # waits for the device
     return x
 
 # ---------------------------------------------------------------------------------------------------------
@@ -565,6 +567,8 @@ def render(prompt, settings, compare=False):
     check(prompt, settings, folder, config.text_length + h * w)
 
     text, pooled = encode_prompts([prompt], config, folder, device, dtype)       # (1, T, text_dim), (1, pooled_dim)
+    for part, states in ("T5", text), ("CLIP", pooled):
+        cli.check_finite(states, part, dtype)()
     layout = make_layout(config.flux, h, w, config.text_length, device)
     noise = make_noise(config.autoencoder.z, h, w, settings.seed)                # (1, z, 2h, 2w)
     noise = patchify(noise.to(device, dtype))                                    # (1, N, 4 z)
@@ -583,7 +587,6 @@ def render(prompt, settings, compare=False):
         state = make_state(layers, sparsity, layout.static, settings.seed)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
         x = sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)     # (1, N, 4 z)
-        x.sum().item()                                               # wait for the device
         seconds = time.perf_counter() - start
         results.append((x, Report(seconds, *work_done(config.flux, len(layout.static), h * w, plan, state))))
     del flux, state

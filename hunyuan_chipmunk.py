@@ -609,13 +609,16 @@ def make_noise(z, grid, seed):
 
 def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):
     """Euler steps from noise x (B, z, t, 2h, 2w) float32 to latents, in float32; the model runs in text's dtype. plan:
-    an iterable of Step; dense without plan and state. -> (B, z, t, 2h, 2w)"""
+    an iterable of Step; dense without plan and state. Raises Fail at NaN or infinity, a step later.
+    -> (B, z, t, 2h, 2w)"""
     guidance = text.new_full((x.shape[0],), guidance)                # (B,)
-    plan = plan or [None] * (len(sigmas) - 1)
-    for step, sigma, sigma_next in zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist()):
+    plan, checked = plan or [None] * (len(sigmas) - 1), None
+    for i, (step, sigma, sigma_next) in enumerate(zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist())):
         t = x.new_full((x.shape[0],), sigma)                         # (B,)
         v = model(x.to(text.dtype), t, text, pooled, guidance, layout, state=state, step=step)
         x = x + (sigma_next - sigma) * v.float()
+        checked = cli.check_finite(x, f"step {i} of the transformer", text.dtype, checked)
+    checked()                                                        # waits for the device
     return x
 
 # ---------------------------------------------------------------------------------------------------------
@@ -653,6 +656,8 @@ def render(prompt, settings, compare=False):
     check(prompt, settings, folder, n_video)
 
     text, _, pooled = encode_prompts([prompt], config, folder, device, dtype)    # (1, T, text_dim), (1, pooled_dim)
+    for part, states in ("Llama", text), ("CLIP", pooled):
+        cli.check_finite(states, part, dtype)()
     layout = make_layout(config.hunyuan, grid, text.shape[1], device)
     noise = make_noise(config.hunyuan.z, grid, settings.seed).to(device).float() # (1, z, t, 2h, 2w)
     sigmas = make_sigmas(settings.steps, config.shift)
@@ -669,7 +674,6 @@ def render(prompt, settings, compare=False):
         state = make_state(layers, sparsity, layout.static, settings.seed)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
         x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
-        x.sum().item()                                               # wait for the device
         seconds = time.perf_counter() - start
         attn, saved = work_done(config.hunyuan, n_video, text.shape[1], plan, state)
         results.append((x, Report(seconds, attn, saved)))

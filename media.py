@@ -72,7 +72,10 @@ def claim(file):
 
 
 def to_bytes(picture):
-    """(3, H, W), values in -1..1 -> (H, W, 3) uint8 array, truncated as the originals do."""
+    """(3, H, W), values in -1..1 -> (H, W, 3) uint8 array, truncated as the originals do. Raises Fail at NaN, which
+    would be black."""
+    if picture.isnan().any():
+        raise Fail("the decoder gave NaN: nothing to show; try --dtype float32, then fetch the weights again")
     levels = 127.5 * (picture.float().clamp(-1, 1) + 1)              # (3, H, W) in 0..255
     return levels.byte().permute(1, 2, 0).contiguous().cpu().numpy()
 

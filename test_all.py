@@ -1309,7 +1309,7 @@ def test_unipc_equals_diffusers(diffusers, steps, shift):
     for t in scheduler.timesteps:
         v, v_negative = model(x, t[None], 0.5, None, None, None), model(x, t[None], -0.2, None, None, None)
         x = scheduler.step(v_negative + 4.0 * (v - v_negative), t, x, return_dict=False)[0]
-    assert_near(wan_chipmunk.sample(model, noise, (0.5, -0.2), 4.0, schedule, None), x)
+    assert_near(wan_chipmunk.sample(model, noise, torch.tensor([0.5, -0.2]), 4.0, schedule, None), x)
 
 # =========================================================================================================
 # The programs: the same promises for all three
@@ -1912,3 +1912,59 @@ cli.run(flux_chipmunk.main)
     *_, last = result.stderr.splitlines()
     assert result.returncode == 1 and last.startswith("error: out of memory"), result.stderr
     assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
+
+
+@each_model
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_result_that_is_no_picture_is_not_drawn(call, monkeypatch, tmp_path, name, value):
+    program, steps = PROGRAMS[name], []
+    decoder = "autoencoder" if name == "flux" else "vae"
+    load_part, model = program.load_part, {"flux": "Flux", "wan": "Wan", "hunyuan": "Hunyuan"}[name]
+    forward = getattr(program, model).forward
+
+    def broken_at_2(self, x, t, *args, **kwargs):
+        """One value of one latent is wrong from step 2 on."""
+        v = forward(self, x, t, *args, **kwargs)
+        if t.item() not in steps:
+            steps.append(t.item())
+        if len(steps) == 3:
+            v.flatten()[-1] = value
+        return v
+
+    def load(part, *args):
+        assert part != decoder, "there is nothing to decode"
+        return load_part(part, *args)
+    monkeypatch.setattr(program, "load_part", load)
+    with monkeypatch.context() as m:
+        m.setattr(getattr(program, model), "forward", broken_at_2)
+        for dtype, says in ("float32", "--dense"), ("bfloat16", "--dtype float32"):
+            steps.clear()
+            error = error_of(call(name, out=tmp_path / "a.png", dtype=dtype, **SHORT[name] | {"steps": 9}))
+            assert "step 2 of the transformer gave NaN or infinity" in error and says in error
+            assert len(steps) == 4                                          # it is read one step later, no more
+    encoder = {"flux": text_encoders.CLIPTextEncoder, "wan": text_encoders.T5Encoder,
+               "hunyuan": text_encoders.LlamaEncoder}[name]
+    encode = encoder.forward
+
+    def broken(self, *args):
+        out = encode(self, *args)
+        out = out if name != "flux" else out[1]
+        out.flatten()[-1] = value
+        return out if name != "flux" else (None, out)
+    monkeypatch.setattr(encoder, "forward", broken)
+    if name == "wan":                                                       # its padding is set to 0 afterwards
+        ids, mask = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool)
+        monkeypatch.setattr(wan_chipmunk, "tokenize", lambda *args: (ids, mask, [0]))
+    error = error_of(call(name, out=tmp_path / "a.png", **SHORT[name]))
+    assert {"flux": "CLIP", "wan": "UMT5", "hunyuan": "Llama"}[name] + " gave NaN or infinity" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_decoder_that_gives_nan_leaves_no_file(tmp_path):
+    frames = torch.zeros(5, 3, 32, 32)
+    frames[3, 0, 0, 0] = math.nan
+    for write in (lambda: media.write_png(tmp_path / "a.png", frames[3], {}),
+                  lambda: media.write_video(tmp_path / "a.mp4", iter(frames), 8, {})):
+        with pytest.raises(cli.Fail, match="--dtype float32"):
+            write()
+    assert not list(tmp_path.iterdir())

@@ -536,10 +536,10 @@ def make_noise(z, frames, height, width, seed):
 def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None):
     """UniPC from noise x (B, z, t, h, w) to latents. texts: of the prompt and of the negative prompt,
     (B, L, text_dim) each, and states: a ModelState for each. plan: an iterable of Step; dense without plan and states.
-    -> (B, z, t, h, w)"""
+    Raises Fail at NaN or infinity, a step later. -> (B, z, t, h, w)"""
     sigmas, timesteps = schedule
     states = states or (None, None)
-    past, before = [], None                                          # the last two predictions of the video
+    past, before, checked = [], None, None                           # past: the last two predictions of the video
     for i, step in enumerate(plan or [None] * len(timesteps)):
         t = x.new_full((x.shape[0],), timesteps[i].item())           # (B,)
         v, v_negative = (model(x, t, text, layout, state, step) for text, state in zip(texts, states))
@@ -549,6 +549,8 @@ def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None):
         past, before = [*past[-1:], video], x
         last = i + 1 == len(timesteps)                               # the last step is of order 1
         x = unipc(x, i, sigmas, past[-1:] if last else past)
+        checked = cli.check_finite(x, f"step {i} of the transformer", texts[0].dtype, checked)
+    checked()                                                        # waits for the device
     return x
 
 # ---------------------------------------------------------------------------------------------------------
@@ -586,7 +588,9 @@ def render(prompt, settings, compare=False):
     check(prompt, settings, folder, math.prod(grid))
 
     prompts = [prompt, settings.negative_prompt]
-    texts = encode_prompts(prompts, config, folder, device, dtype).split(1)                      # (1, L, text_dim) each
+    texts = encode_prompts(prompts, config, folder, device, dtype)                               # (2, L, text_dim)
+    cli.check_finite(texts, "UMT5", dtype)()
+    texts = texts.split(1)                                                                       # (1, L, text_dim) each
     layout = make_layout(config.wan, grid, config.window, device)
     noise = make_noise(config.wan.channels, t, 2 * h, 2 * w, settings.seed).to(device)           # (1, z, t, 2h, 2w)
     schedule = make_schedule(settings.steps, config.shift)
@@ -604,7 +608,6 @@ def render(prompt, settings, compare=False):
         start, states = time.perf_counter(), make_states(sparsity)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
         x = sample(wan, noise, texts, settings.guidance, schedule, layout, steps, states)        # (1, z, t, 2h, 2w)
-        x.sum().item()                                               # wait for the device
         seconds = time.perf_counter() - start
         attn, saved = work_done(config.wan, math.prod(grid), config.text_length, plan, states)
         results.append((x, Report(seconds, attn, saved)))

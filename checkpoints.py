@@ -6,7 +6,7 @@ tensor of a file is used once and has the model's shape, and none is missing.
 import json
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,11 +85,12 @@ def sharded_files(weights, name):
     except Fail:                                                     # no index, no network: the file itself will tell
         return weight_files(weights, [name])
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Fail(f"{index} is no list of shards; fetch it again") from None
-    folder = name.rpartition("/")[0]
-    return weight_files(weights, [f"{folder}/{shard}" for shard in shards])
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        shards = []
+    if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(shard)) for shard in shards):
+        raise Fail(f"{index} is no list of shards; fetch it again")
+    return weight_files(weights, [str(PurePosixPath(name).with_name(shard)) for shard in shards])
 
 # ---------------------------------------------------------------------------------------------------------
 # checking and loading
@@ -117,8 +118,8 @@ def read_headers(files):
                         raise Fail(f"{file} repeats {name}, which {found[name][0]} has; fetch both again")
                     entry = tensors.get_slice(name)
                     if entry.get_dtype() not in FLOATS:
-                        raise Fail(f"{file} is quantised: {name} is {entry.get_dtype()}; this program reads "
-                                   f"{', '.join(FLOATS)}: fetch the weights that are not quantised")
+                        raise Fail(f"{file} cannot be used: {name} is {entry.get_dtype()}, not one of "
+                                   f"{', '.join(FLOATS)}; fetch weights that are not quantised")
                     found[name] = file, tuple(entry.get_shape())
         except SafetensorError as error:
             raise Fail(f"{file} is no complete safetensors file ({reason(error)}); fetch it again") from None

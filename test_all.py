@@ -1968,3 +1968,121 @@ def test_a_decoder_that_gives_nan_leaves_no_file(tmp_path):
         with pytest.raises(cli.Fail, match="--dtype float32"):
             write()
     assert not list(tmp_path.iterdir())
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+
+
+def tensors_by_hand(data):
+    """A safetensors file as its specification says, with numpy alone -> {name: float32 array}"""
+    size = int.from_bytes(data[:8], "little")
+    kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
+    arrays = {}
+    for name, entry in json.loads(data[8:8 + size]).items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            array = np.frombuffer(data[8 + size + start:8 + size + end], kinds[entry["dtype"]])
+            if entry["dtype"] == "BF16":
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            arrays[name] = array.reshape(entry["shape"]).astype(np.float32)
+    return arrays
+
+
+VALUES = [None, True, 0, 1, -1, 2**31, 2**63, 2**64, 1e300, "", "F32", "F16", "BF16", "F64", "I8", "U8", "F8_E4M3",
+          "C64", "a.safetensors", "../a.safetensors", "/dev/zero", "\ud800", [], [5, 3], [15], [0, 60], [60, 0], {},
+          {"a": "b"}]
+
+
+def mutated_json(rng, value):
+    """One place of a JSON value changed: removed, doubled, or put in place of another."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        changed, key = (dict(value) if isinstance(value, dict) else list(value)), rng.choice(keys)
+        kind = rng.random()
+        if kind < 0.1:
+            del changed[key]
+        elif kind < 0.2 and isinstance(value, dict):
+            changed[rng.choice([*keys, "more", "__metadata__"])] = changed[key]
+        else:
+            changed[key] = mutated_json(rng, value[key])
+        return changed
+    return rng.choice(VALUES)
+
+
+def mutated_bytes(rng, data):
+    """A few bytes changed, cut out or put in, mostly in the header."""
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(max(1, min(len(data), rng.choice([8, 16, 300, 2000]))))
+        new = bytes(rng.choice([0, 1, 34, 44, 48, 57, 91, 123, 125, 127, 128, 255]) for _ in range(rng.randint(0, 3)))
+        data = data[:at] + new + data[at + rng.randint(0, 3):]
+    return data if rng.random() < 0.8 else data[:rng.randrange(len(data) + 1)]
+
+
+def test_damaged_files_are_refused_in_one_line_or_load_what_they_say(tmp_path):
+    """FUZZ=10000 python -m pytest test_all.py -k damaged: more of them"""
+    rng, refused, loaded, sources = random.Random(0), 0, 0, [small_model() for _ in range(2)]
+    file, index = tmp_path / "a.safetensors", tmp_path / "a.safetensors.index.json"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        save_file(sources[0].to(dtype).state_dict(), file)
+        whole = file.read_bytes()
+        size = int.from_bytes(whole[:8], "little")
+        header, body, shards = json.loads(whole[8:8 + size]), whole[8 + size:], {"weight_map": {"0.bias": file.name}}
+        for _ in range(int(os.environ.get("FUZZ", 1500)) // 3):
+            data, kind = whole, rng.randrange(3)
+            index.unlink(missing_ok=True)
+            if kind == 0:
+                text = json.dumps(mutated_json(rng, header)).encode()
+                data = len(text).to_bytes(8, "little") + text + body
+            elif kind == 1:
+                data = mutated_bytes(rng, whole)
+            else:
+                text = json.dumps(mutated_json(rng, shards)).encode()
+                index.write_bytes(text if rng.random() < 0.5 else mutated_bytes(rng, text))
+            file.write_bytes(data)
+            try:
+                files = checkpoints.sharded_files(tmp_path, file.name)
+                model = checkpoints.load_weights(small_model, files, CPU, torch.float32)
+            except cli.Fail as error:
+                assert len(str(error).splitlines()) == 1 and str(tmp_path) in str(error)
+                refused += 1
+            else:
+                want = tensors_by_hand(data)
+                assert model.state_dict().keys() == want.keys()
+                for name, p in model.state_dict().items():
+                    np.testing.assert_array_equal(p.numpy(), want[name])
+                loaded += 1
+    assert refused > loaded > 20
+
+
+def test_what_the_system_says_about_a_file_is_said(call, monkeypatch, tmp_path):
+    folder = tmp_path / "weights"
+    shutil.copytree(HERE / wan_chipmunk.CONFIGS["tiny"].weights, folder)
+    for name in (wan_chipmunk.FILES["wan"], "tokenizer/tokenizer.json"):
+        file, other = folder / name, tmp_path / "other"
+        file.rename(other)
+        file.mkdir()
+        assert f"cannot read {file}: Is a directory" in error_of(call("wan", weights=folder))
+        file.rmdir()
+        other.rename(file)
+        for error in PermissionError(13, "Permission denied"), OSError(24, "Too many open files"), \
+                OSError(116, "Stale file handle"):
+            def refuse(path, *args, error=error, file=file):
+                if Path(path) == file:
+                    raise error
+                return open(path, *args)
+            with monkeypatch.context() as m:
+                m.setattr(checkpoints, "open", refuse, raising=False)
+                assert f"cannot read {file}: {error.strerror}" in error_of(call("wan", weights=folder))
+    def gone(*args, **kwargs):
+        raise OSError("Input/output error (os error 5)")                    # between the check and the load
+    monkeypatch.setattr(checkpoints, "safe_open", gone)
+    assert "safetensors: Input/output error" in error_of(call("wan", weights=folder))
+
+
+@pytest.mark.parametrize("dtype, says", [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3"),
+                                         (torch.bool, "BOOL"), (torch.int64, "I64")])
+def test_tensors_that_are_no_floats_are_refused(tmp_path, dtype, says):
+    save_file({name: p.to(dtype) for name, p in small_model().state_dict().items()}, tmp_path / "a.safetensors")
+    with pytest.raises(cli.Fail, match=f" is {says}, not one of F16, BF16, F32, F64; fetch weights that are not quant"):
+        checkpoints.load_weights(small_model, [tmp_path / "a.safetensors"], CPU, torch.float32)

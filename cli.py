@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -29,7 +30,8 @@ class Fail(Exception):
 
 def note(text):
     """Tell the user that something was adjusted, or has no effect."""
-    print(f"note: {text}", file=sys.stderr)
+    with suppress(OSError):                                          # stderr may be a file on a full disk
+        print(f"note: {text}", file=sys.stderr)
 
 
 # Libraries say in many words that memory ran out, in a RuntimeError or OSError that is used for other things, too:
@@ -85,8 +87,29 @@ def not_finite_advice(dtype):
     return "usually a number is too large for half precision: try --dtype float32, then fetch the weights again"
 
 
+def say(text):
+    """Print a line of results. By then the file is written; the exit status tells if stdout cannot take the line.
+    Raises BrokenPipeError if it is closed (`... | head`), else Fail."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_stdout()
+        raise Fail(f"cannot print what was done: {error.strerror}") from None
+
+
+def forget_stdout():
+    """What stdout still holds goes nowhere; else Python tries, and fails, to print it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main):
     """Call main. A Fail, Ctrl-C or a lack of memory ends in one line on stderr and a non-zero exit status."""
+    if sys.stdout is not None:                                       # in an encoding that lacks a character
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:                                           # closed; progress bars want one
+        sys.stderr = open(os.devnull, "w")
     try:
         main()
     except Fail as error:
@@ -94,8 +117,8 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                                          # `... | head` closed our stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        forget_stdout()
         sys.exit(1)
     except (MemoryError, RuntimeError, OSError) as error:
         if not out_of_memory(error):
@@ -310,9 +333,8 @@ def chosen_sparsity(args, preset, steps, made_for):
 
 
 def show_plan(plan):
-    print("step  attention  MLP")
-    for step in plan:
-        print(f"{step.index:4}  {step.attn:9}  {step.mlp}")
+    rows = [f"{step.index:4}  {step.attn:9}  {step.mlp}" for step in plan]
+    say("\n".join(["step  attention  MLP", *rows]))
 
 # ---------------------------------------------------------------------------------------------------------
 # what a result remembers

@@ -585,7 +585,7 @@ def render(prompt, settings, compare=False):
             sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
         state = make_state(layers, sparsity, layout.static, settings.seed)
-        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
+        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)     # (1, N, 4 z)
         seconds = time.perf_counter() - start
         results.append((x, Report(seconds, *work_done(config.flux, len(layout.static), h * w, plan, state))))
@@ -689,15 +689,15 @@ def main():
     start = time.perf_counter()
     pictures, reports = zip(*render(args.prompt, settings, args.compare))
     out = media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings), new=args.out is None)
-    print(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
-          f"{time.perf_counter() - start:.1f} s")
+    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
+            f"{time.perf_counter() - start:.1f} s")
     ours = reports[-1]
     if settings.sparsity:
-        print(f"recomputed {ours.attn:.1%} of attention columns and {ours.mlp:.1%} of MLP columns; "
-              f"saved {ours.saved:.1%} of the operations")
+        cli.say(f"recomputed {ours.attn:.1%} of attention columns and {ours.mlp:.1%} of MLP columns; "
+                f"saved {ours.saved:.1%} of the operations")
     if args.compare:
         dense, picture = (p[None] for p in pictures)                 # (1, 3, height, width) each
-        print(media.comparison(dense, picture, reports[0].seconds, ours.seconds))
+        cli.say(media.comparison(dense, picture, reports[0].seconds, ours.seconds))
 
 
 if __name__ == "__main__":

@@ -672,7 +672,7 @@ def render(prompt, settings, compare=False):
             sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
         state = make_state(layers, sparsity, layout.static, settings.seed)
-        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
+        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
         seconds = time.perf_counter() - start
         attn, saved = work_done(config.hunyuan, n_video, text.shape[1], plan, state)
@@ -799,13 +799,13 @@ def main():
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
         video = torch.cat([dense, ours], dim=3)
     out = media.write_video(out, video, settings.fps, cli.describe(args, settings), new=args.out is None)
-    print(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
-          f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
+    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
+            f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
     if settings.sparsity:
         report = reports[-1]
-        print(f"recomputed {report.attn:.1%} of attention columns; saved {report.saved:.1%} of the operations")
+        cli.say(f"recomputed {report.attn:.1%} of attention columns; saved {report.saved:.1%} of the operations")
     if args.compare:
-        print(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
+        cli.say(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
 
 
 if __name__ == "__main__":

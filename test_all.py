@@ -12,8 +12,10 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -2086,3 +2088,62 @@ def test_tensors_that_are_no_floats_are_refused(tmp_path, dtype, says):
     save_file({name: p.to(dtype) for name, p in small_model().state_dict().items()}, tmp_path / "a.safetensors")
     with pytest.raises(cli.Fail, match=f" is {says}, not one of F16, BF16, F32, F64; fetch weights that are not quant"):
         checkpoints.load_weights(small_model, [tmp_path / "a.safetensors"], CPU, torch.float32)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("out, err, status, says", [
+    ("| head -0", "", 1, ""), ("> /dev/full", "", 1, "error: cannot print what was done: No space left on device"),
+    (">&-", "", 0, ""), ("", "2>&-", 0, ""), ("", "2> /dev/full", 0, "")])
+def test_the_file_is_written_whatever_becomes_of_the_terminal(tmp_path, out, err, status, says):
+    flags = [f"--prompt={PROMPT}", "--device=cpu", "--out=圆.png", "--width=130", "--height=96", "--steps=1"]
+    line = shlex.join([sys.executable, flux_chipmunk.__file__, *flags])
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONIOENCODING"] = "cp1252"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {line} {err} {out}"], cwd=tmp_path, env=env,
+                            capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (status, False), result.stderr
+    assert says in result.stderr and [file.name for file in tmp_path.iterdir()] == ["圆.png"]
+    assert out != "" or "\\u5706.png: 128x96" in result.stdout
+    Image.open(tmp_path / "圆.png").load()
+
+
+PHASES = {"load": ("flux", "checkpoints.safe_open = wait"), "sampling": ("hunyuan", "cli.check_finite = tell"),
+          "decoding": ("wan", "program.VAE.decode_pieces = wait"), "encoding": ("wan", "media.to_bytes = wait"),
+          "writing": ("flux", "media.to_image = lambda picture: namedtuple('Image', 'save')(half)")}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path, phase):
+    name, patch = PHASES[phase]
+    out = tmp_path / ("a.png" if name == "flux" else "a.mp4")
+    settings = SHORT[name] | {"steps": 1000 if phase == "sampling" else 1}
+    short = ", ".join(f'"--{key}={value}"' for key, value in settings.items())
+    script = f"""
+import sys, time
+from collections import namedtuple
+import checkpoints, cli, media, {name}_chipmunk as program
+def wait(*args, **kwargs):
+    print("here", flush=True)
+    time.sleep(60)
+def half(file, **kwargs):
+    file.touch()
+    wait()
+def tell(*args, check=cli.check_finite):
+    print("here", flush=True)
+    return check(*args)
+{patch}
+sys.argv = ["program.py", "--prompt=a", "--device=cpu", "--out={out}", {short}]
+cli.run(program.main)
+"""
+    interrupt(subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True), tmp_path)
+
+
+def interrupt(run, folder):
+    """Ctrl-C to a process once it has said where it is."""
+    assert run.stdout.readline() == "here\n", run.stderr.read()
+    start = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate()
+    assert run.returncode == 130 and time.monotonic() - start < 10
+    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors and not list(folder.iterdir())

@@ -4,14 +4,17 @@ Weights come straight from safetensors files, in a folder or from the Hugging Fa
 tensor of a file is used once and has the model's shape, and none is missing.
 """
 import json
+import math
 import os
 import re
 from pathlib import Path, PurePosixPath
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from cache import LayerState, Step, chipmunk_attention, chipmunk_mlp
 from cli import Fail, out_of_memory
 
 # Tensors that some exports carry twice or that are no weights; every other name must be the model's.
@@ -171,7 +174,7 @@ def check_memory(make_model, dtype, device, caches=0):
     with torch.device("meta"):
         weights = sum(p.numel() for p in make_model().parameters()) * dtype.itemsize
     free = free_memory(device)
-    if free is None or weights + caches <= free:
+    if weights + caches <= free:
         return
     advice = "--model tiny or a larger machine"
     if weights < free:
@@ -183,15 +186,53 @@ def check_memory(make_model, dtype, device, caches=0):
 
 
 def free_memory(device):
-    """Bytes that can be allocated on a device, or None if the system does not say."""
+    """Bytes that can be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, cgroup_memory())
+
+
+def cgroup_memory(root=Path("/")):
+    """Bytes that this process's control groups (Linux, version 1 or 2; a container has one) still allow, infinite if
+    they set no limit. What they count as used includes files that the kernel keeps in memory and would give up."""
+    files = {"": ("sys/fs/cgroup", "memory.max", "memory.current", ""),
+             "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")}
     try:
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    except OSError:
-        return None
-    try:                                                             # a container's own limit
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except OSError:
-        return free
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except FileNotFoundError:                                        # no Linux
+        return math.inf
+    free = math.inf
+    for line in lines:                                               # 0::/a/b, or in version 1 4:memory:/a/b
+        _, controllers, path = line.split(":", 2)
+        for controller in files.keys() & set(controllers.split(",")):
+            top, limit, used, prefix = files[controller]
+            group = root / top / path.lstrip("/")
+            while True:                                              # a group's parents limit it, too
+                if (group / limit).exists() and (group / limit).read_text().strip() != "max":
+                    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    kept = sum(int(stat[f"{prefix}{name}_file"]) for name in ("active", "inactive"))
+                    free = min(free, int((group / limit).read_text()) - int((group / used).read_text()) + kept)
+                if group == root / top:
+                    break
+                group = group.parent
+    return free
+
+
+def layer_bytes(sparsity, heads, head_dim, rows, columns, static_most, dtype, mlp_rows=0):
+    """What Chipmunk remembers for one layer of a model, found by running its kinds of steps on tensors without data.
+    rows of attention see `columns`, static_most of them always; mlp_rows: of an MLP (FLUX's, four times as wide)."""
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+    static, dim = empty(columns, dtype=torch.bool), heads * head_dim
+    layer = LayerState(sparsity, static, static_most, 0, empty(()), empty(()))
+    q, k = empty(1, heads, rows, head_dim), empty(1, heads, columns, head_dim)
+    for step in Step(0, "dense", "dense"), Step(1, "measure", "dense"), Step(2, "sparse", "choose"):
+        chipmunk_attention(q, k, k, layer, step)
+        if mlp_rows and sparsity.mlp_keep:
+            chipmunk_mlp(empty(1, mlp_rows, dim), empty(4 * dim, dim), None, empty(dim, 4 * dim), None, layer, step)
+    return remembered_bytes(layer)
+
+
+def remembered_bytes(layer_state):
+    """Bytes of the tensors in a LayerState, without those that layers share."""
+    return sum(value.nbytes for name, value in vars(layer_state).items() if torch.is_tensor(value) and name != "static")

@@ -192,7 +192,9 @@ def pick_device(text):
     try:
         device = torch.device(text)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise Fail(f"{text} is full; end what else runs there, or try another --device") from None
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise Fail(f"no device {str(text)!r} to run on here; try --device cpu")

@@ -20,6 +20,7 @@ FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 25
 """
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -564,7 +565,7 @@ def render(prompt, settings, compare=False):
     config = CONFIGS[settings.model]
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     h, w = settings.height // 16, settings.width // 16               # in tokens
-    check(prompt, settings, folder, config.text_length + h * w)
+    check(prompt, settings, folder, h * w)
 
     text, pooled = encode_prompts([prompt], config, folder, device, dtype)       # (1, T, text_dim), (1, pooled_dim)
     for part, states in ("T5", text), ("CLIP", pooled):
@@ -597,9 +598,8 @@ def render(prompt, settings, compare=False):
                 for x, report in results]
 
 
-def check(prompt, settings, folder, tokens):
-    """Find everything that can be wrong before a network is loaded. tokens: text and image tokens together.
-    Raises Fail."""
+def check(prompt, settings, folder, n_image):
+    """Find everything that can be wrong before a network is loaded. Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt)
     if settings.guidance and not config.flux.guidance:
@@ -608,7 +608,7 @@ def check(prompt, settings, folder, tokens):
         precision = torch.float32 if part == "autoencoder" else dtype
         caches = 0
         if part == "flux" and settings.sparsity:
-            caches = cache_bytes(config.flux, settings.sparsity, tokens, dtype)
+            caches = cache_bytes(config.flux, settings.sparsity, config.text_length, n_image, dtype)
         checkpoints.check_memory(make, precision, settings.device, caches)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.weight_files(folder, config.files[part]))
@@ -645,11 +645,16 @@ def load_part(part, config, folder, device, dtype):
     return checkpoints.load_weights(parts(config)[part], files, device, dtype)
 
 
-def cache_bytes(config, sparsity, tokens, dtype):
-    """What Chipmunk remembers for `tokens` text and image tokens: for each layer the attention's rest and, with deltas,
-    the MLP's activations and output."""
-    layers = config.double_blocks + config.single_blocks - sparsity.dense_layers
-    return layers * tokens * (6 if sparsity.mlp_keep else 1) * config.dim * dtype.itemsize
+def cache_bytes(config, sparsity, n_text, n_image, dtype):
+    """What Chipmunk remembers for n_text and n_image tokens: in each layer the attention's rest and, with deltas, the
+    MLP's activations and output; and what enters the final layer."""
+    tokens, head_dim = n_text + n_image, config.dim // config.heads
+    total = n_image * config.dim * dtype.itemsize
+    mlp_rows = [n_image] * config.double_blocks + [tokens] * config.single_blocks
+    kinds = Counter(mlp_rows[sparsity.dense_layers:])
+    for rows, layers in kinds.items():
+        total += layers * checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, n_text, dtype, rows)
+    return total
 
 
 def work_done(config, tokens, image, plan, state):

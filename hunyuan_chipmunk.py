@@ -34,7 +34,6 @@ import checkpoints
 import cli
 import media
 from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_plan, make_state, until_sparse
-from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -757,12 +756,10 @@ def load_part(part, config, folder, device, dtype):
 
 def cache_bytes(config, sparsity, n_video, n_text, dtype):
     """What Chipmunk remembers for n_video and n_text tokens: in each layer the attention's rest and the lists of
-    columns."""
-    layers = config.dual_blocks + config.single_blocks - sparsity.dense_layers
-    list_length = math.ceil((sparsity.attn_keep + sparsity.attn_random) * (n_video + n_text)) + n_text
-    rest = n_video * config.dim * dtype.itemsize
-    lists = math.ceil(n_video / GROUP) * config.heads * list_length * 4
-    return layers * (rest + lists)
+    columns; and what enters the final layer."""
+    layers, head_dim = config.dual_blocks + config.single_blocks - sparsity.dense_layers, config.dim // config.heads
+    layer = checkpoints.layer_bytes(sparsity, config.heads, head_dim, n_video, n_video + n_text, n_text, dtype)
+    return layers * layer + n_video * config.dim * dtype.itemsize
 
 
 def work_done(config, n_video, n_text, plan, state):

@@ -669,11 +669,12 @@ def load_part(part, config, folder, device, dtype):
 
 
 def cache_bytes(config, sparsity, window, tokens, dtype):
-    """What Chipmunk remembers for both texts: in each layer the attention's rest and every group's list of columns."""
-    list_length = min(tokens, (sparsity.attn_keep + sparsity.attn_random) * tokens + window**3 * GROUP)
-    rest = config.dim * dtype.itemsize                               # bytes a token
-    lists = 4 * config.heads * list_length / GROUP
-    return int(2 * (config.layers - sparsity.dense_layers) * tokens * (rest + lists))
+    """What Chipmunk remembers for both texts: in each layer the attention's rest and the lists of columns; and what
+    enters the final layer (float32)."""
+    static_most = min(tokens, window**3 * GROUP)
+    head_dim = config.dim // config.heads
+    layer = checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, static_most, dtype)
+    return 2 * ((config.layers - sparsity.dense_layers) * layer + tokens * config.dim * 4)
 
 
 def work_done(config, tokens, text_length, plan, states):

@@ -30,23 +30,41 @@ def reason(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+class Missing(Fail):
+    """A file that a folder or repository does not have."""
+
+
 def weight_files(weights, names):
     """Paths of the named files in a folder or Hugging Face repository (downloaded to its cache, with progress bars).
-    Raises Fail if one is missing or cannot be read, access is not granted, or the Hub cannot be reached."""
-    if not os.path.isdir(weights):
-        files = download(str(weights), names)
-    else:
+    Raises Missing if one is not there, Fail if it cannot be read, access is not granted, or there is no network."""
+    if os.path.isdir(weights):
         files = [Path(weights) / name for name in names]
+    else:
+        files = cached_files(weights, names) or download(str(weights), names)
     for name, file in zip(names, files):
         try:                                                         # libraries would hide what the system says
             with open(file, "rb") as opened:
                 opened.read(1)
         except FileNotFoundError:
-            raise Fail(f"{weights} has no {name}; --weights wants a folder laid out like the model's repository"
-                       ) from None
+            raise Missing(f"{weights} has no {name}; --weights wants a folder laid out like the model's repository"
+                          ) from None
         except OSError as error:
             raise cannot_read(file, error) from None
     return files
+
+
+def is_repository(weights):
+    """Can this be a Hugging Face repository, owner/name, rather than a folder that is not there?"""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)))
+
+
+def cached_files(weights, names):
+    """Paths of the named files in the Hugging Face cache, without asking the network. None if one is not there."""
+    if os.path.isdir(weights) or not is_repository(weights):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    files = [try_to_load_from_cache(str(weights), name) for name in names]
+    return [Path(file) for file in files] if all(isinstance(file, str) for file in files) else None
 
 
 def cannot_read(file, error):
@@ -56,36 +74,47 @@ def cannot_read(file, error):
 
 def download(repository, names):
     """weight_files for a Hugging Face repository like owner/name."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+    if not is_repository(repository):
         raise Fail(f"no folder {repository}; --weights wants a folder, or a Hugging Face repository like owner/name")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError,
                                         RepositoryNotFoundError)
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()                                    # its retries would bury the one line below
-    try:
-        return [Path(hf_hub_download(repository, name)) for name in names]
-    except GatedRepoError:
-        raise Fail(f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
-                   "then log in with `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise Fail(f"no folder and no Hugging Face repository {repository} "
-                   "(or it is private: log in with `hf auth login`)") from None
-    except LocalEntryNotFoundError:
-        raise Fail(f"cannot reach the Hugging Face Hub to download {repository}; "
-                   "check the network, or give a folder with --weights") from None
-    except EntryNotFoundError as error:
-        raise Fail(f"{repository} lacks a file that this model needs: {reason(error)}") from None
-    except Exception as error:                                       # broken connections, full disks: many kinds
-        raise Fail(f"downloading {repository} failed ({reason(error)}); "
-                   "run again to go on, or give a folder with --weights") from None
+    files = []
+    for name in names:
+        try:
+            files.append(Path(hf_hub_download(repository, name)))
+        except GatedRepoError:
+            raise Fail(f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
+                       "then log in with `hf auth login`") from None
+        except RepositoryNotFoundError:
+            raise Fail(f"no folder and no Hugging Face repository {repository} "
+                       "(or it is private: log in with `hf auth login`)") from None
+        except LocalEntryNotFoundError:                              # not in the cache, and not to be had
+            if constants.HF_HUB_OFFLINE:
+                raise Missing(f"{name} of {repository} is not in the cache, and HF_HUB_OFFLINE is set; unset it to "
+                              "download, or give a folder with --weights") from None
+            raise Fail(f"cannot reach the Hugging Face Hub to download {name} of {repository}; "
+                       "check the network, or give a folder with --weights") from None
+        except EntryNotFoundError as error:
+            raise Missing(f"{repository} lacks a file that this model needs: {reason(error)}") from None
+        except Exception as error:                                   # broken connections, full disks: many kinds
+            if out_of_memory(error):
+                raise
+            raise Fail(f"downloading {repository} failed ({reason(error)}); "
+                       "run again to go on, or give a folder with --weights") from None
+    return files
 
 
 def sharded_files(weights, name):
     """Paths of a file that may come in shards: those that name.index.json lists, or the file itself."""
+    index_name = f"{name}.index.json"
+    if not cached_files(weights, [index_name]) and cached_files(weights, [name]):
+        return weight_files(weights, [name])                         # nobody is asked for an index
     try:
-        index, = weight_files(weights, [f"{name}.index.json"])
-    except Fail:                                                     # no index, no network: the file itself will tell
+        index, = weight_files(weights, [index_name])
+    except Missing:
         return weight_files(weights, [name])
     try:
         shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))

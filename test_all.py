@@ -2136,13 +2136,14 @@ def tell(*args, check=cli.check_finite):
 sys.argv = ["program.py", "--prompt=a", "--device=cpu", "--out={out}", {short}]
 cli.run(program.main)
 """
-    interrupt(subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True), tmp_path)
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    assert run.stdout.readline() == "here\n", run.stderr.read()
+    interrupt(run, tmp_path)
 
 
 def interrupt(run, folder):
-    """Ctrl-C to a process once it has said where it is."""
-    assert run.stdout.readline() == "here\n", run.stderr.read()
+    """Ctrl-C to a process that is where it should be."""
     start = time.monotonic()
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate()
@@ -2196,3 +2197,71 @@ def test_caches_need_what_was_estimated(name, delta, mlp_keep):
     used = sum(checkpoints.remembered_bytes(layer) for layer in state.layers if layer) + state.hidden.nbytes
     used *= 2 if name == "wan" else 1                                       # both texts
     assert used <= PROGRAMS[name].cache_bytes(SMALL[name], sparsity, *tokens, torch.float32) <= 1.01 * used
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hugging Face cache with Wan's embedded weights as owner/tiny, and a network that accepts and never answers.
+    -> the folder of its files, and the list of connections that were made"""
+    import socket
+    import threading
+
+    import huggingface_hub
+    repository = tmp_path / "hub/models--owner--tiny"
+    folder = repository / "snapshots/0123"
+    shutil.copytree(HERE / wan_chipmunk.CONFIGS["tiny"].weights, folder)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123")
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def accept():
+            while True:
+                try:
+                    connections.append(server.accept()[0])
+                except OSError:                                             # closed
+                    return
+        threading.Thread(target=accept, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield folder, connections
+
+
+def test_what_is_cached_needs_no_network(call, hub, tmp_path):
+    folder, connections = hub
+    assert call("wan", weights="owner/tiny", out=tmp_path / "a.png", **SHORT["wan"])[0] == 0
+    file = folder / wan_chipmunk.FILES["wan"]                               # likewise in shards
+    part = file.with_name("part-1-of-1.safetensors")
+    file.rename(part)
+    Path(f"{file}.index.json").write_text(json.dumps({"weight_map": {"a": part.name}}))
+    assert call("wan", weights="owner/tiny", out=tmp_path / "b.png", **SHORT["wan"])[0] == 0
+    assert (tmp_path / "a.png").read_bytes() != b"" and not connections
+
+
+@pytest.mark.parametrize("missing", ["transformer/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"])
+def test_offline_names_the_file_and_the_switch(call, monkeypatch, hub, missing):
+    import huggingface_hub
+    folder, connections = hub
+    (folder / missing).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    error = error_of(call("wan", weights="owner/tiny", **SHORT["wan"]))
+    assert f"{missing} of owner/tiny is not in the cache, and HF_HUB_OFFLINE is set" in error and not connections
+
+
+@pytest.mark.parametrize("weights", ["./flx", "../flx", "/flx", "flx", "a/b/c", "~/flx", "a\\flx"])
+def test_a_mistyped_folder_is_not_sent_to_the_hub(call, hub, weights):
+    assert f"no folder {weights}; " in error_of(call("flux", weights=weights)) and not hub[1]
+
+
+def test_ctrl_c_ends_a_download(hub, tmp_path):
+    folder, connections = hub
+    (folder / "tokenizer/tokenizer.json").unlink()
+    out = tmp_path / "out"
+    out.mkdir()
+    run = start("wan", "--weights=owner/tiny", cwd=out)
+    while not connections:
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    interrupt(run, out)

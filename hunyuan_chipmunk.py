@@ -78,6 +78,8 @@ class Config:
     clip: CLIPConfig
     template: str              # what Llama reads; {} is the prompt
     crop: int                  # its tokens before the prompt, which the transformer does not see
+    image_template: str        # the same two for a single frame
+    image_crop: int
     text_length: int           # the most tokens behind those
     width: int                 # from here on: what the command line may change
     height: int
@@ -108,6 +110,7 @@ CONFIGS = {
         llama=LlamaConfig(vocab=512, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
         template="<|start_header_id|>{}<|eot_id|>", crop=2,          # <|begin_of_text|> and <|start_header_id|>
+        image_template="<|start_header_id|>{}<|eot_id|>", image_crop=2,
         text_length=62, width=256, height=256, frames=17, fps=8, steps=50, guidance=4.0, shift=7.0,
         sparsity=replace(HUNYUAN_SPARSITY, measure=EARLY_STEPS)),
     "720p": Config(
@@ -122,7 +125,12 @@ CONFIGS = {
                  "4. background environment, light, style and atmosphere."
                  "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
                  "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-        crop=95, text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0,
+        crop=95,
+        image_template="<|start_header_id|>system<|end_header_id|>\n\nDescribe the image by detailing the color, shape, "
+                       "size, texture, quantity, text, spatial relationships of the objects and background:<|eot_id|>"
+                       "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        image_crop=36,
+        text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0,
         sparsity=HUNYUAN_SPARSITY),
 }
 
@@ -649,6 +657,8 @@ def render(prompt, settings, compare=False):
     (3, height, width) in -1..1, which are decoded as they are asked for.
     -> [(video, Report)]; with compare two of them from the same noise, first the dense one."""
     config = CONFIGS[settings.model]
+    if settings.frames == 1:
+        config = replace(config, template=config.image_template, crop=config.image_crop)
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16                 # (t, h, w) in tokens
     n_video = math.prod(grid)

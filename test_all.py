@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -978,8 +978,8 @@ def test_llama_equals_transformers(transformers, kv_heads):
 # Against transformers: tokenizers, those of the embedded FLUX
 
 PROMPTS = ["a red circle", "", "  two   spaces\tand\na newline ", "It's the cat's, they'll say: don't!! I'd 'VE'm",
-           "12 monkeys, 3.14 & 2024...", "naïve café — “ÉCOLE” 東京 🙂", "cafe\u0301 n\u0303 \u212b İ ẞ",
-           "\u00a0\u3000\u200b", "a <|endoftext|> b </s> c <pad>", "<|StartOfText|>x<|ENDOFTEXT|>",
+           "12 monkeys, 3.14 & 2024...", "naïve café — “ÉCOLE” 🙂", "cafe\u0301 n\u0303 \u212b İ ẞ",
+           "\u00a0\u3000", "a <|endoftext|> b </s> c <pad>", "<|StartOfText|>x<|ENDOFTEXT|>",
            "'start 'revolt odd's s's ''s", "unseen ж ⅷ ² ½ ٣ ㋀", "snake_case-and-dash/slash", "circle " * 90]
 
 
@@ -1028,6 +1028,32 @@ def test_clip_tokenizer_splits_words_and_digits(clip_folder):
     assert tokens("A  RED\n circle") == ["a</w>", "red</w>", "circle</w>"]
     assert tokens("10!!")[:2] == ["1</w>", "0</w>"]
     assert tokens("") == []
+
+
+# The words of CLIPTokenizer of transformers 4.57.1, recorded
+WORDS = [
+    ('红色的圆在蓝色背景上', ['红', '色', '的', '圆', '在', '蓝', '色', '背', '景', '上']),
+    ('\u6771\u4eac tower\u3001\u30ab\u30bf\u30ab\u30ca \u304b\u3099', ['東', '京', 'tower', '、', 'カタカナ', 'が']),
+    ('ｶﾞ\u3000ＦＵＬＬ ｗｉｄｔｈ', ['ｶﾞ', 'ｆｕｌｌ', 'ｗｉｄｔｈ']),
+    ('빨간 원이 파란 배경 위에', ['빨간', '원이', '파란', '배경', '위에']),
+    ('한글', ['한글']),
+    ('CAFE\u0301 n\u0303 q\u0307\u0323', ['café', 'ñ', 'q', '\u0323\u0307']),
+    ('\u0928\u092e\u0938\u094d\u0924\u0947', ['\u0928\u092e\u0938', '\u094d', '\u0924', '\u0947']),
+    ('\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35', ['สว', '\u0e31', 'สด', '\u0e35']),
+    ('\u05e9\u05b8\u05c1\u05dc\u05d5', ['\u05e9', '\u05b8\u05c1', '\u05dc\u05d5']),
+    ('a\u200db\xadc\ufeff \u200b', ['abc']),
+    ('x\x00y\ufffdz\x01', ['xyz']),
+    ('𠀀㐀豈々〇', ['𠀀', '㐀', '豈', '々', '〇']),
+    ("l'été D'Él's", ['l', "'", 'été', 'd', "'", 'él', "'s"])]
+
+
+
+
+@pytest.mark.parametrize("prompt, words", WORDS)
+def test_clip_splits_every_script_as_the_originals_tokenizer_did(prompt, words):
+    tokenizer, decoder = load_clip_tokenizer(HERE / "weights/flux-tiny/tokenizer"), decoders.ByteLevel()
+    text = "".join(tokenizer.encode(prompt, add_special_tokens=False).tokens)
+    assert [decoder.decode([word]) for word in text.split("</w>")[:-1]] == words
 
 
 def test_tokenize_cuts_and_pads(t5_file):
@@ -2265,3 +2291,31 @@ def test_ctrl_c_ends_a_download(hub, tmp_path):
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.01)
     interrupt(run, out)
+
+
+@pytest.mark.parametrize("prompt, cleaned", [
+    ("a cafÃ© â€” â€œredâ€\x9d", 'a café — "red"'), ("l&amp;#39;Ã©t&eacute;", "l'été"),
+    ("&amp;lt;b&amp;gt; &lt;i&gt;", "<b> <i>"),
+    ("  a\u3000red\r\n\tcircle ", "a red circle"), ("ｆｕｌｌ　ｗｉｄｔｈ，ﬁ", "full width,fi"), ("cafe\u0301", "café"),
+    ("\u201cquoted\u201d it\u2019s", "\"quoted\" it's"), ("plain", "plain")])
+def test_wan_cleans_prompts_as_the_original(diffusers, prompt, cleaned):
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+    assert wan_chipmunk.clean(prompt) == cleaned == prompt_clean(prompt)
+
+
+@pytest.mark.parametrize("frames, kind", [(1, "image"), (5, "video")])
+def test_hunyuan_reads_a_single_frames_prompt_as_an_images(monkeypatch, frames, kind):
+    real = hunyuan_chipmunk.CONFIGS["720p"]
+    tiny = replace(hunyuan_chipmunk.CONFIGS["tiny"], image_template=real.image_template, image_crop=real.image_crop,
+                   template=real.template, crop=real.crop)
+    read, tokenize = [], hunyuan_chipmunk.tokenize
+
+    def spy(tokenizer, prompts, length, pad_id):
+        read.append((prompts[0], length))
+        return tokenize(tokenizer, prompts, length, pad_id)
+    monkeypatch.setattr(hunyuan_chipmunk, "tokenize", spy)
+    monkeypatch.setitem(hunyuan_chipmunk.CONFIGS, "tiny", tiny)
+    hunyuan_chipmunk.generate(PROMPT, device="cpu", **SHORT["hunyuan"] | {"frames": frames, "steps": 1})
+    (text, length), (clip_text, _) = read
+    assert f"Describe the {kind} by" in text and PROMPT in text and clip_text == PROMPT
+    assert length == tiny.text_length + {"image": 36, "video": 95}[kind]

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import ftfy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -639,8 +640,8 @@ def check(prompt, settings, folder, tokens):
 
 
 def clean(prompt):
-    """HTML entities (twice, as the original does) and white space; the original repairs broken Unicode, too."""
-    return " ".join(html.unescape(html.unescape(prompt)).split())
+    """Broken Unicode repaired, then HTML entities (twice), then white space: in the original's order."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def encode_prompts(prompts, config, folder, device, dtype):

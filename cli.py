@@ -308,11 +308,13 @@ def parse(parser, configs):
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
     steps = args.steps or config.steps
     sparsity = chosen_sparsity(args, config.sparsity, steps, config.steps)
+    plan = make_plan(steps, None if args.dense else sparsity)
     if args.show_plan:
-        show_plan(make_plan(steps, None if args.dense else sparsity))
+        show_plan(plan)
         sys.exit()
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
+    note_idle_flags(args, plan)
     return args, fill(Settings(**given, sparsity=sparsity), configs)
 
 
@@ -334,12 +336,35 @@ def chosen_sparsity(args, preset, steps, made_for):
     return replace(fit_steps(preset, steps, made_for), **changes)
 
 
+def note_idle_flags(args, plan):
+    """Say which flags have no effect."""
+    chipmunk = "delta", "attn_keys", "mlp_keys", "measure_steps", "skip_steps"
+    given = [f"--{name.replace('_', '-')}" for name in chipmunk if getattr(args, name, None) is not None]
+    if args.dense and given:
+        note(f"{', '.join(given)}: no effect with --dense")
+    elif isinstance(args.skip_steps, tuple):
+        computed = [str(i) for i in args.skip_steps if not plan[i].skip]
+        if computed:
+            note(f"--skip-steps {','.join(computed)}: no effect, as these steps measure (--show-plan shows them)")
+
+
 def show_plan(plan):
     rows = [f"{step.index:4}  {step.attn:9}  {step.mlp}" for step in plan]
     say("\n".join(["step  attention  MLP", *rows]))
 
 # ---------------------------------------------------------------------------------------------------------
-# what a result remembers
+# what a result says and remembers
+
+
+def work_line(attn, saved, mlp=None):
+    """How much was recomputed and saved, in one line. attn, mlp: work on columns in shares of a dense run's. A step
+    that measures works on some columns twice, so in few steps these may be more than 1: then all were recomputed."""
+    columns = f"{min(attn, 1):.1%} of attention columns"
+    if mlp is not None:
+        columns += f" and {min(mlp, 1):.1%} of MLP columns"
+    if saved < 0:
+        return f"recomputed {columns}; took {-saved:.1%} more operations than --dense, which so few steps do not repay"
+    return f"recomputed {columns}; saved {saved:.1%} of the operations"
 
 
 def describe(args, settings):

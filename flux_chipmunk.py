@@ -698,8 +698,7 @@ def main():
             f"{time.perf_counter() - start:.1f} s")
     ours = reports[-1]
     if settings.sparsity:
-        cli.say(f"recomputed {ours.attn:.1%} of attention columns and {ours.mlp:.1%} of MLP columns; "
-                f"saved {ours.saved:.1%} of the operations")
+        cli.say(cli.work_line(ours.attn, ours.saved, ours.mlp))
     if args.compare:
         dense, picture = (p[None] for p in pictures)                 # (1, 3, height, width) each
         cli.say(media.comparison(dense, picture, reports[0].seconds, ours.seconds))

@@ -2319,3 +2319,22 @@ def test_hunyuan_reads_a_single_frames_prompt_as_an_images(monkeypatch, frames, 
     (text, length), (clip_text, _) = read
     assert f"Describe the {kind} by" in text and PROMPT in text and clip_text == PROMPT
     assert length == tiny.text_length + {"image": 36, "video": 95}[kind]
+
+
+def test_no_more_than_everything_is_recomputed(call, tmp_path):
+    short = {"out": tmp_path / "a.png", "steps": 3, "width": 64, "height": 64, "attn_keys": 1, "mlp_keys": 1}
+    status, printed, _ = call("flux", **short, **SPARSE)
+    assert status == 0 and "recomputed 100.0% of attention columns and 100.0% of MLP columns; took " in printed
+    assert "more operations than --dense" in printed and "-" not in printed.split("took ")[1].split("%")[0]
+    assert cli.work_line(0.25, 0.5) == "recomputed 25.0% of attention columns; saved 50.0% of the operations"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ({"measure_steps": "1,3", "skip_steps": "2,3"}, "note: --skip-steps 3: no effect, as these steps measure"),
+    ({"dense": None, "attn_keys": 0.5, "mlp_keys": 0.5}, "note: --attn-keys, --mlp-keys: no effect with --dense"),
+    ({"measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""), ({"skip_steps": "video"}, "")])
+def test_flags_without_effect_are_said(call, tmp_path, flags, says):
+    given = {key: value for key, value in flags.items() if value is not None}
+    status, _, notes = call("flux", *[f"--{key}" for key in flags.keys() - given.keys()], out=tmp_path / "a.png",
+                            **SHORT["flux"], **given)
+    assert status == 0 and len(notes) == (says != "") and "".join(notes).startswith(says)

@@ -716,8 +716,7 @@ def main():
     cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
             f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
     if settings.sparsity:
-        report = reports[-1]
-        cli.say(f"recomputed {report.attn:.1%} of attention columns; saved {report.saved:.1%} of the operations")
+        cli.say(cli.work_line(reports[-1].attn, reports[-1].saved))
     if args.compare:
         cli.say(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
 

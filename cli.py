@@ -175,6 +175,8 @@ def fill(settings, configs):
     dtype = settings.dtype or ("float32" if small else "bfloat16")
     if dtype not in DTYPES:
         raise Fail(f"no dtype {dtype!r} to compute in; choose from {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        check_capability(torch.cuda.get_device_capability(device), dtype, sparsity)
     return replace(settings, width=round_size("width", settings.width), height=round_size("height", settings.height),
                    sparsity=sparsity, device=device, dtype=DTYPES[dtype])
 
@@ -203,6 +205,13 @@ def pick_device(text):
     if device.index is not None:
         torch.cuda.set_device(device)                                # Triton launches on the current one
     return device
+
+
+def check_capability(capability, dtype, sparsity):
+    """Raises Fail for a GPU before Ampere, like T4 (7, 5), unless it runs what it can: float32 without kernels."""
+    if capability < (8, 0) and (dtype == "bfloat16" or sparsity):
+        raise Fail(f"this GPU (compute capability {capability[0]}.{capability[1]}) has no bfloat16, and Chipmunk's "
+                   "kernels need 8.0; --dense --dtype float32 works, or --device cpu")
 
 
 def check_prompt(prompt, negative_prompt=None):

@@ -126,8 +126,9 @@ CONFIGS = {
                  "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
                  "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
         crop=95,
-        image_template="<|start_header_id|>system<|end_header_id|>\n\nDescribe the image by detailing the color, shape, "
-                       "size, texture, quantity, text, spatial relationships of the objects and background:<|eot_id|>"
+        image_template="<|start_header_id|>system<|end_header_id|>\n\nDescribe the image by detailing the color, "
+                       "shape, size, texture, quantity, text, spatial relationships of the objects and background:"
+                       "<|eot_id|>"
                        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
         image_crop=36,
         text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0,

@@ -2338,3 +2338,83 @@ def test_flags_without_effect_are_said(call, tmp_path, flags, says):
     status, _, notes = call("flux", *[f"--{key}" for key in flags.keys() - given.keys()], out=tmp_path / "a.png",
                             **SHORT["flux"], **given)
     assert status == 0 and len(notes) == (says != "") and "".join(notes).startswith(says)
+
+
+@pytest.mark.parametrize("capability, dtype, dense, works", [
+    ((7, 5), "bfloat16", False, False), ((7, 0), "float32", False, False), ((6, 1), "bfloat16", True, False),
+    ((7, 5), "float32", True, True), ((8, 0), "bfloat16", False, True), ((12, 0), "bfloat16", False, True)])
+def test_old_gpus_are_told_what_works(monkeypatch, capability, dtype, dense, works):
+    monkeypatch.setattr(cli, "pick_device", torch.device)                   # there is none here
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    settings = cli.Settings(device="cuda", dtype=dtype, dense=dense)
+    if works:
+        assert cli.fill(settings, flux_chipmunk.CONFIGS).device.type == "cuda"
+    else:
+        with pytest.raises(cli.Fail, match="--dense --dtype float32 works"):
+            cli.fill(settings, flux_chipmunk.CONFIGS)
+
+
+COMPILE = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+import sparse_kernels as sk
+
+
+class NoGPU:                                                                # to compile for one, none is needed
+    def get_current_device(self):
+        return arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", arch, 32)
+
+
+def compile_only(kernel, *args, grid, warmup, run=JITFunction.run, **kwargs):
+    compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+    print(arch, kernel.__name__, compiled.metadata.shared)
+
+
+def empty(*shape, dtype=getattr(torch, sys.argv[2])):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+driver.set_active(NoGPU())
+JITFunction.run = compile_only
+q, lse, static = empty(1, 24, 4096, 128), empty(1, 24, 4096, dtype=torch.float32), empty(4096, dtype=torch.bool)
+columns, counts = empty(1, 24, 32, 704, dtype=torch.int32), empty(1, 24, 32, dtype=torch.int32)
+x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
+for arch in map(int, sys.argv[1].split(",")):
+    sk.attention_triton(q, q, q)
+    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "split")
+    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "add")
+    if q.dtype == torch.bfloat16:                                           # float32 takes five times as long
+        _, _, mass = sk.attention_with_column_mass_triton(q, q, q, lse)
+        sk.choose_columns_triton(mass, 0.1, 0.01, static, 0, 512)
+        delta = sk.sparse_mlp_fc1_triton(x, w1, empty(12288), columns[:, 0], counts[:, 0], act)
+        sk.sparse_mlp_fc2_triton(delta, w1, columns[:, 0], counts[:, 0], x)
+"""
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}              # KB that a block may use
+TOO_MUCH = pytest.mark.xfail(strict=True, raises=AssertionError, reason="attention in float32 wants 104 KB")
+
+
+@pytest.mark.skipif(sk.triton is None, reason="no Triton")
+@pytest.mark.parametrize("dtype, archs", [
+    ("bfloat16", [*SHARED]), pytest.param("float32", [86], marks=TOO_MUCH)])
+def test_every_kernel_compiles_for_every_gpu_and_fits(tmp_path, dtype, archs):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE, ",".join(map(str, archs)), dtype], cwd=HERE,
+                            capture_output=True, text=True, env=env | {"TRITON_CACHE_DIR": str(tmp_path)})
+    if result.returncode:
+        raise RuntimeError(result.stderr)                                   # an xfail expects AssertionError alone
+    kernels = {name for name in vars(sk) if name.endswith("_kernel")}
+    compiled = {}
+    for line in result.stdout.splitlines():
+        arch, kernel, shared = line.split()
+        compiled.setdefault(int(arch), set()).add(kernel)
+        assert int(shared) <= SHARED[int(arch)] * 1024, line
+    assert compiled == {arch: kernels for arch in archs} or dtype == "float32"

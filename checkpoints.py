@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -19,6 +20,7 @@ from cli import Fail, out_of_memory
 
 # Tensors that some exports carry twice or that are no weights; every other name must be the model's.
 IGNORED = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}
+PREFIX = "model.diffusion_model."                                    # of every name in some single files
 FLOATS = "F16", "BF16", "F32", "F64"                                 # what a tensor may be, in safetensors' words
 
 # ---------------------------------------------------------------------------------------------------------
@@ -37,6 +39,9 @@ class Missing(Fail):
 def weight_files(weights, names):
     """Paths of the named files in a folder or Hugging Face repository (downloaded to its cache, with progress bars).
     Raises Missing if one is not there, Fail if it cannot be read, access is not granted, or there is no network."""
+    if os.path.isfile(weights):
+        kind = "quantised and not supported" if str(weights).endswith(".gguf") else "a file"
+        raise Fail(f"{weights} is {kind}; --weights wants a folder laid out like the model's repository")
     if os.path.isdir(weights):
         files = [Path(weights) / name for name in names]
     else:
@@ -65,6 +70,14 @@ def cached_files(weights, names):
     from huggingface_hub import try_to_load_from_cache
     files = [try_to_load_from_cache(str(weights), name) for name in names]
     return [Path(file) for file in files] if all(isinstance(file, str) for file in files) else None
+
+
+def at_hand(weights, name):
+    """Is the named file, whole or in shards, in this folder, or in the cache of this Hugging Face repository?"""
+    names = name, f"{name}.index.json"
+    if os.path.isdir(weights):
+        return any((Path(weights) / name).exists() for name in names)
+    return any(cached_files(weights, [name]) for name in names)
 
 
 def cannot_read(file, error):
@@ -139,59 +152,85 @@ def load_tokenizer(load, path):
 
 
 def read_headers(files):
-    """{tensor name: (file, shape)} of safetensors files. Raises Fail if one cannot be read, is damaged or of another
-    format, or has tensors that are no floats."""
+    """{tensor name: (file, its name there, shape)} of safetensors files, without the prefix that single files may have.
+    Raises Fail if one cannot be read, is damaged or of another format, or has tensors that are no floats."""
     found = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                for name in set(tensors.keys()) - IGNORED:
-                    if name in found:
-                        raise Fail(f"{file} repeats {name}, which {found[name][0]} has; fetch both again")
-                    entry = tensors.get_slice(name)
+                stored = sorted(set(tensors.keys()) - IGNORED)
+                prefix = PREFIX if all(name.startswith(PREFIX) for name in stored) else ""
+                for name in stored:
+                    entry, short = tensors.get_slice(name), name.removeprefix(prefix)
+                    if short in found:
+                        raise Fail(f"{file} repeats {name}, which {found[short][0]} has; fetch both again")
                     if entry.get_dtype() not in FLOATS:
                         raise Fail(f"{file} cannot be used: {name} is {entry.get_dtype()}, not one of "
                                    f"{', '.join(FLOATS)}; fetch weights that are not quantised")
-                    found[name] = file, tuple(entry.get_shape())
+                    found[short] = file, name, tuple(entry.get_shape())
         except SafetensorError as error:
+            with open(file, "rb") as opened:
+                if opened.read(4) == b"GGUF":
+                    raise Fail(f"{file} is a GGUF file, quantised; fetch the safetensors files instead") from None
             raise Fail(f"{file} is no complete safetensors file ({reason(error)}); fetch it again") from None
         except OSError as error:
             raise cannot_read(file, error) from None
     return found
 
 
-def check_weights(make_model, files):
+def as_named(name, shape):
+    """The layout of a checkpoint that has the model's own names and shapes."""
+    return [(name, shape)]
+
+
+def check_weights(make_model, files, layout=as_named):
     """Raises Fail, with the file and the first tensor that differs, if files are not exactly the model's.
-    make_model() -> the module."""
+
+    make_model() -> the module. layout(name, shape) -> the tensors [(name, shape)] of the files whose rows, in this
+    order, are the parameter; a name followed by [0] or [1] stands for the first or second half of the tensor's rows.
+    -> {parameter: (shape, [(file, the tensor's name there, half or None)])}"""
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in make_model().state_dict().items()}
-    found = read_headers(files)
+        parameters = {name: tuple(p.shape) for name, p in make_model().state_dict().items()}
+    found, expected, sources = read_headers(files), {}, {}
+    for parameter, own_shape in parameters.items():
+        sources[parameter] = own_shape, []
+        for piece, shape in layout(parameter, own_shape):
+            name, _, half = piece.removesuffix("]").partition("[")
+            expected[name] = shape
+            if name in found:
+                sources[parameter][1].append((*found[name][:2], int(half) if half else None))
     advice = "check --model and --weights"
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise Fail(f"{files[0]} is not this model's: it lacks the tensor {name}; {advice}")
-        file, shape = found[name]
+        file, _, shape = found[name]
         if name not in expected:
             raise Fail(f"{file} is not this model's: it has a tensor {name} too many; {advice}")
         if shape != expected[name]:
             raise Fail(f"{file} is not this model's: {name} is {list(shape)}, not {list(expected[name])}; {advice}")
+    return sources
 
 
-def load_weights(make_model, files, device, dtype, float32=()):
+def load_weights(make_model, files, device, dtype, float32=(), layout=as_named):
     """A model with the weights in files, tensor by tensor, so that there is never a second copy.
 
     make_model() -> the module. float32: parts of names; parameters with such a name stay float32 whatever dtype is.
-    Raises Fail if files are not exactly the model's (check_weights)."""
-    check_weights(make_model, files)
+    layout: as in check_weights. Raises Fail if files are not exactly the model's (check_weights)."""
+    sources = check_weights(make_model, files, layout)
     with torch.device("meta"):
         model = make_model()
-    for file in files:
-        with safe_open(file, "pt", device=str(device)) as tensors:
-            for name in set(tensors.keys()) - IGNORED:
-                wide = any(part in name for part in float32)
-                tensor = tensors.get_tensor(name).to(torch.float32 if wide else dtype)
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(file, "pt", device=str(device))) for file in files}
+        for parameter, (shape, pieces) in sources.items():
+            rows = []
+            for file, name, half in pieces:
+                tensor = opened[file].get_tensor(name)
+                rows.append(tensor if half is None else tensor.chunk(2)[half])
+            tensor = (torch.cat(rows) if len(rows) > 1 else rows[0]).view(shape)
+            wide = any(part in parameter for part in float32)
+            tensor = tensor.to(torch.float32 if wide else dtype)
+            parent, _, leaf = parameter.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     return model.eval()
 
 # ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ left in `layer_state` (cache.py). Without a state this is plain FLUX.1.
 FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
 """
 import math
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -535,6 +536,66 @@ def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=No
     return x
 
 # ---------------------------------------------------------------------------------------------------------
+# weights in diffusers' layout, which is what its users have: other names, and linears that are not fused
+
+DIFFUSERS_FILES = {"flux": "transformer/diffusion_pytorch_model.safetensors",
+                   "autoencoder": "vae/diffusion_pytorch_model.safetensors"}
+DIFFUSERS_NAMES = {            # ours: theirs, whose rows stand below each other; [0], [1]: a half of their rows
+    "img_in": "x_embedder", "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear[1] norm_out.linear[0]",       # theirs: first scale, then shift
+    # of a double block
+    "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v", "img_attn.proj": "attn.to_out.0",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt_attn.proj": "attn.to_add_out",
+    "img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
+    # of a single block
+    "modulation.lin": "norm.linear", "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k",
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp", "linear2": "proj_out"}
+DIFFUSERS_AUTOENCODER = [      # what of our names is something else in theirs
+    ("attn_1.norm", "attentions.0.group_norm"), ("attn_1.proj_out", "attentions.0.to_out.0"),
+    (r"attn_1\.([qkv])", r"attentions.0.to_\1"), ("norm_out", "conv_norm_out"), ("nin_shortcut", "conv_shortcut"),
+    ("block_1", "resnets.0"), ("block_2", "resnets.1"), (r"block\.", "resnets."), (r"sample\.conv", "samplers.0.conv"),
+    (r"\.(down|up|mid)\.", r".\1_block."), (r"(down|up)_block\.", r"\1_blocks.")]
+
+
+def transformer_layout(name, shape):
+    """A layout for checkpoints.load_weights: the tensors of diffusers' transformer/ that are a parameter of Flux."""
+    stem, _, leaf = name.rpartition(".")
+    block = re.match(r"(double|single)_blocks(\.\d+\.)", stem)
+    prefix = ""
+    if block:
+        prefix = {"double": "", "single": "single_"}[block[1]] + "transformer_blocks" + block[2]
+        stem = stem[block.end():]
+    theirs = [piece.partition("[") for piece in DIFFUSERS_NAMES[stem].split()]
+    shares = [4 if piece == "proj_mlp" else 1 for piece, _, _ in theirs]
+    pieces = []
+    for (piece, bracket, half), share in zip(theirs, shares):
+        rows = shape[0] if bracket else shape[0] * share // sum(shares)
+        full_name = f"{prefix}{piece}.{leaf.replace('scale', 'weight')}{bracket}{half}"
+        pieces.append((full_name, (rows, *shape[1:])))
+    return pieces
+
+
+def autoencoder_layout(levels):
+    """Likewise for diffusers' vae/, whose decoder counts its levels from the coarsest."""
+    def layout(name, shape):
+        name = re.sub(r"up\.(\d+)", lambda level: f"up.{levels - 1 - int(level[1])}", name)
+        for ours, theirs in DIFFUSERS_AUTOENCODER:
+            name = re.sub(ours, theirs, name)
+        return [(name, shape[:2] if "attentions" in name else shape)]            # linears there, 1x1 convolutions here
+    return layout
+
+# ---------------------------------------------------------------------------------------------------------
 # generate: prompt in, picture out
 
 
@@ -611,7 +672,7 @@ def check(prompt, settings, folder, n_image):
             caches = cache_bytes(config.flux, settings.sparsity, config.text_length, n_image, dtype)
         checkpoints.check_memory(make, precision, settings.device, caches)
     for part, make in parts(config).items():
-        checkpoints.check_weights(make, checkpoints.weight_files(folder, config.files[part]))
+        checkpoints.check_weights(make, *part_files(part, config, folder))
 
 
 def encode_prompts(prompts, config, folder, device, dtype):
@@ -641,8 +702,18 @@ def parts(config):
 
 def load_part(part, config, folder, device, dtype):
     """One of the four networks, with its weights."""
-    files = checkpoints.weight_files(folder, config.files[part])
-    return checkpoints.load_weights(parts(config)[part], files, device, dtype)
+    files, layout = part_files(part, config, folder)
+    return checkpoints.load_weights(parts(config)[part], files, device, dtype, layout=layout)
+
+
+def part_files(part, config, folder):
+    """The files of a network and their layout: the original's, unless only diffusers' are there."""
+    theirs = DIFFUSERS_FILES.get(part)
+    if theirs is None or checkpoints.at_hand(folder, config.files[part][0]) or not checkpoints.at_hand(folder, theirs):
+        return checkpoints.weight_files(folder, config.files[part]), checkpoints.as_named
+    layout = transformer_layout if part == "flux" else autoencoder_layout(len(config.autoencoder.multipliers))
+    return checkpoints.sharded_files(folder, theirs), layout
+
 
 
 def cache_bytes(config, sparsity, n_text, n_image, dtype):

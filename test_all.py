@@ -2418,3 +2418,119 @@ def test_every_kernel_compiles_for_every_gpu_and_fits(tmp_path, dtype, archs):
         compiled.setdefault(int(arch), set()).add(kernel)
         assert int(shared) <= SHARED[int(arch)] * 1024, line
     assert compiled == {arch: kernels for arch in archs} or dtype == "float32"
+
+
+def in_layout(state, layout):
+    """Parameters as the tensors of another layout. -> {name: tensor}"""
+    tensors = {}
+    for name, p in state.items():
+        pieces = layout(name, tuple(p.shape))
+        if "[" in pieces[0][0]:                                             # its second half, then its first
+            tensors[pieces[0][0].partition("[")[0]] = torch.cat(p.chunk(2)[::-1])
+        else:
+            rows = p.split([shape[0] for _, shape in pieces])
+            tensors |= {full: part.reshape(shape).contiguous() for (full, shape), part in zip(pieces, rows)}
+    return tensors
+
+
+@pytest.mark.parametrize("checkpoint", PUBLISHED["diffusers"])
+def test_diffusers_layout_has_the_published_names_and_shapes(checkpoint):
+    entry = PUBLISHED["diffusers"][checkpoint]
+    published = {full: shape for name, shape in entry["shapes"].items() for full in expand(name)}
+    assert len(published) == entry["tensors"] and sum(map(math.prod, published.values())) == entry["parameters"]
+    for words in entry["ours"]:
+        _, model, part = words.split()
+        layout = flux_chipmunk.transformer_layout if part == "flux" else flux_chipmunk.autoencoder_layout(4)
+        with torch.device("meta"):
+            module = flux_chipmunk.parts(flux_chipmunk.CONFIGS[model])[part]()
+        pieces = [piece for name, p in module.state_dict().items() for piece in layout(name, tuple(p.shape))]
+        assert {name.partition("[")[0]: list(shape) for name, shape in pieces} == published
+
+
+@pytest.mark.parametrize("config", [FLUX, replace(FLUX, dim=256, axes=(16, 56, 56), guidance=False)])
+def test_a_transformer_in_diffusers_layout_loads_as_diffusers_converts_it(diffusers, tmp_path, config):
+    ours, file = random_model("flux", config, CPU), tmp_path / "a.safetensors"
+    theirs = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=config.channels, num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks, attention_head_dim=config.dim // config.heads,
+        num_attention_heads=config.heads, joint_attention_dim=config.text_dim,
+        pooled_projection_dim=config.pooled_dim, guidance_embeds=config.guidance, axes_dims_rope=config.axes)
+    load_flux_weights(theirs, ours, config.dim)
+    save_file(theirs.state_dict(), file)
+
+    def loaded():
+        return checkpoints.load_weights(lambda: flux_chipmunk.Flux(config), [file], CPU, torch.float32,
+                                        layout=flux_chipmunk.transformer_layout).state_dict()
+    assert all(torch.equal(p, ours.state_dict()[name]) for name, p in loaded().items())
+    single, double = "single_transformer_blocks.1.attn.to_k.bias", "transformer_blocks.9.attn.to_q.weight"
+    for changed, says in (
+            ({"norm_out.linear.weight": None}, "lacks the tensor norm_out.linear.weight"),
+            ({single: None}, f"lacks the tensor {single}"), ({double: torch.zeros(1)}, f"a tensor {double} too many"),
+            ({"transformer_blocks.0.attn.to_q.bias": torch.zeros(config.dim - 1),
+              "transformer_blocks.0.attn.to_k.bias": torch.zeros(config.dim + 1)}, f"not [{config.dim}]")):
+        tensors = {name: p for name, p in (theirs.state_dict() | changed).items() if p is not None}
+        save_file(tensors, file)
+        with pytest.raises(cli.Fail, match=re.escape(says)):
+            loaded()
+
+
+def test_an_autoencoder_in_diffusers_layout_loads_as_diffusers_converts_it(diffusers, tmp_path):
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    config = flux_chipmunk.AutoencoderConfig(channels=32, multipliers=(1, 2, 2), blocks=2, z=4)
+    ours = randomise(flux_chipmunk.Autoencoder(config))
+    levels = {"down_block_types": range(3), "up_block_types": range(3)}
+    theirs = convert_ldm_vae_checkpoint(ours.state_dict(), levels)
+    save_file({name: p.contiguous() for name, p in theirs.items()}, tmp_path / "a.safetensors")
+    loaded = checkpoints.load_weights(lambda: flux_chipmunk.Autoencoder(config), [tmp_path / "a.safetensors"], CPU,
+                                      torch.float32, layout=flux_chipmunk.autoencoder_layout(3))
+    assert all(torch.equal(p, ours.state_dict()[name]) for name, p in loaded.state_dict().items())
+
+
+def test_weights_as_people_have_them_draw_the_same_picture(call, tmp_path):
+    config = flux_chipmunk.CONFIGS["tiny"]
+    (name,), (vae,) = config.files["flux"], config.files["autoencoder"]
+    folder = tmp_path / "weights"
+    shutil.copytree(HERE / config.weights, folder)
+    parts = load((folder / name).read_bytes()), load((folder / vae).read_bytes())
+
+    def picture():
+        status, _, errors = call("flux", weights=folder, out=tmp_path / "a.png", **SHORT["flux"])
+        assert status == 0, errors
+        return np.asarray(Image.open(tmp_path / "a.png"))
+    want = picture()
+    prefix = "model.diffusion_model."
+    save_file({prefix + key: p for key, p in parts[0].items()}, folder / name)
+    assert np.array_equal(picture(), want)
+    first = next(iter(parts[0]))
+    save_file({key if key == first else prefix + key: p for key, p in parts[0].items()}, folder / name)
+    assert "is not this model's" in error_of(call("flux", weights=folder))
+
+    (folder / name).unlink()
+    (folder / vae).unlink()
+    layouts = flux_chipmunk.transformer_layout, flux_chipmunk.autoencoder_layout(len(config.autoencoder.multipliers))
+    for file, state, layout in zip(flux_chipmunk.DIFFUSERS_FILES.values(), parts, layouts):
+        (folder / file).parent.mkdir()
+        tensors = list(in_layout(state, layout).items())
+        shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": dict(tensors[i::2]) for i in range(2)}
+        for shard, part in shards.items():
+            save_file(part, (folder / file).with_name(shard))
+        weight_map = {key: shard for shard, part in shards.items() for key in part}
+        Path(f"{folder / file}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert np.array_equal(picture(), want)
+
+
+def test_quantised_files_are_recognised(call, tmp_path):
+    config = flux_chipmunk.CONFIGS["tiny"]
+    folder, (name,) = tmp_path / "weights", config.files["flux"]
+    shutil.copytree(HERE / config.weights, folder)
+    tensors = load((folder / name).read_bytes())
+    scaled = {key: p.to(torch.float8_e4m3fn) if p.ndim > 1 else p for key, p in tensors.items()}
+    scaled |= {f"{key.removesuffix('weight')}scale_weight": torch.ones(1) for key, p in tensors.items() if p.ndim > 1}
+    save_file(scaled | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, folder / name)
+    assert "F8_E4M3, not one of F16" in error_of(call("flux", weights=folder))
+    (folder / name).write_bytes(b"GGUF" + bytes(4096))
+    assert f"{name} is a GGUF file, quantised" in error_of(call("flux", weights=folder))
+    gguf = tmp_path / "flux1-dev-Q4_K_S.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(4096))
+    assert "gguf is quantised and not supported" in error_of(call("flux", weights=gguf))
+    assert f"{name} is a file; --weights wants a folder" in error_of(call("flux", weights=folder / name))

@@ -68,7 +68,11 @@ def cached_files(weights, names):
     if os.path.isdir(weights) or not is_repository(weights):
         return None
     from huggingface_hub import try_to_load_from_cache
-    files = [try_to_load_from_cache(str(weights), name) for name in names]
+    from huggingface_hub.errors import HFValidationError
+    try:
+        files = [try_to_load_from_cache(str(weights), name) for name in names]
+    except HFValidationError:                                        # a name with rules broken, like a--b/c
+        return None
     return [Path(file) for file in files] if all(isinstance(file, str) for file in files) else None
 
 

@@ -2134,6 +2134,28 @@ def test_the_file_is_written_whatever_becomes_of_the_terminal(tmp_path, out, err
     Image.open(tmp_path / "圆.png").load()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="ulimit -f")
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    script = f"""
+import resource
+from pathlib import Path
+import torch
+import cli, media
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))                     # a real failure of write, as on a full disk
+frames = torch.rand(9, 3, 128, 128)
+for name, new in ("a.png", False), ("a.mp4", False), ("b.mp4", True):
+    try:
+        media.write_video(Path({str(tmp_path)!r}) / name, iter(frames), 8, {{}}, new)
+    except cli.Fail as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
+    assert len(said) == 3 and all(line.startswith("cannot write ") and line.endswith("File too large") for line in said)
+    assert not list(tmp_path.iterdir())
+
+
 PHASES = {"load": ("flux", "checkpoints.safe_open = wait"), "sampling": ("hunyuan", "cli.check_finite = tell"),
           "encoding": ("wan", "media.to_bytes = wait"),
           "writing": ("flux", "media.to_image = lambda picture: namedtuple('Image', 'save')(half)")}
@@ -2232,7 +2254,7 @@ def hub(monkeypatch, tmp_path):
     import socket
     import threading
 
-    import huggingface_hub
+    import huggingface_hub.constants
     repository = tmp_path / "hub/models--owner--tiny"
     folder = repository / "snapshots/0123"
     shutil.copytree(HERE / wan_chipmunk.CONFIGS["tiny"].weights, folder)
@@ -2268,7 +2290,7 @@ def test_what_is_cached_needs_no_network(call, hub, tmp_path):
 
 @pytest.mark.parametrize("missing", ["transformer/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"])
 def test_offline_names_the_file_and_the_switch(call, monkeypatch, hub, missing):
-    import huggingface_hub
+    import huggingface_hub.constants
     folder, connections = hub
     (folder / missing).unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -2279,6 +2301,11 @@ def test_offline_names_the_file_and_the_switch(call, monkeypatch, hub, missing):
 @pytest.mark.parametrize("weights", ["./flx", "../flx", "/flx", "flx", "a/b/c", "~/flx", "a\\flx"])
 def test_a_mistyped_folder_is_not_sent_to_the_hub(call, hub, weights):
     assert f"no folder {weights}; " in error_of(call("flux", weights=weights)) and not hub[1]
+
+
+@pytest.mark.parametrize("weights", ["a--b/c", "a/b..c", "a/b.git", "a/" + "b" * 200])
+def test_a_name_that_the_hub_forbids_ends_in_one_line(call, hub, weights):
+    assert f"downloading {weights} failed" in error_of(call("wan", weights=weights)) and not hub[1]
 
 
 def test_ctrl_c_ends_a_download(hub, tmp_path):

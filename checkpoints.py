@@ -4,18 +4,24 @@ Weights come straight from safetensors files, in a folder or from the Hugging Fa
 tensor of a file is used once and has the model's shape, and none is missing.
 """
 import json
+import math
 import os
 import re
-from pathlib import Path
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cli import Fail
+from cache import LayerState, Step, chipmunk_attention, chipmunk_mlp
+from cli import Fail, out_of_memory
 
 # Tensors that some exports carry twice or that are no weights; every other name must be the model's.
 IGNORED = {"encoder.embed_tokens.weight", "text_model.embeddings.position_ids"}
+PREFIX = "model.diffusion_model."                                    # of every name in some single files
+FLOATS = "F16", "BF16", "F32", "F64"                                 # what a tensor may be, in safetensors' words
 
 # ---------------------------------------------------------------------------------------------------------
 # finding files
@@ -26,56 +32,114 @@ def reason(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+class Missing(Fail):
+    """A file that a folder or repository does not have."""
+
+
 def weight_files(weights, names):
     """Paths of the named files in a folder or Hugging Face repository (downloaded to its cache, with progress bars).
-    Raises Fail if one is missing, access is not granted, or the Hub cannot be reached."""
-    if not os.path.isdir(weights):
-        return download(str(weights), names)
-    for name in names:
-        if not os.path.isfile(Path(weights) / name):
-            raise Fail(f"{weights} has no {name}; --weights wants a folder laid out like the model's repository")
-    return [Path(weights) / name for name in names]
+    Raises Missing if one is not there, Fail if it cannot be read, access is not granted, or there is no network."""
+    if os.path.isfile(weights):
+        kind = "quantised and not supported" if str(weights).endswith(".gguf") else "a file"
+        raise Fail(f"{weights} is {kind}; --weights wants a folder laid out like the model's repository")
+    if os.path.isdir(weights):
+        files = [Path(weights) / name for name in names]
+    else:
+        files = cached_files(weights, names) or download(str(weights), names)
+    for name, file in zip(names, files):
+        try:                                                         # libraries would hide what the system says
+            with open(file, "rb") as opened:
+                opened.read(1)
+        except FileNotFoundError:
+            raise Missing(f"{weights} has no {name}; --weights wants a folder laid out like the model's repository"
+                          ) from None
+        except OSError as error:
+            raise cannot_read(file, error) from None
+    return files
+
+
+def is_repository(weights):
+    """Can this be a Hugging Face repository, owner/name, rather than a folder that is not there?"""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)))
+
+
+def cached_files(weights, names):
+    """Paths of the named files in the Hugging Face cache, without asking the network. None if one is not there."""
+    if os.path.isdir(weights) or not is_repository(weights):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    try:
+        files = [try_to_load_from_cache(str(weights), name) for name in names]
+    except HFValidationError:                                        # a name with rules broken, like a--b/c
+        return None
+    return [Path(file) for file in files] if all(isinstance(file, str) for file in files) else None
+
+
+def at_hand(weights, name):
+    """Is the named file, whole or in shards, in this folder, or in the cache of this Hugging Face repository?"""
+    names = name, f"{name}.index.json"
+    if os.path.isdir(weights):
+        return any((Path(weights) / name).exists() for name in names)
+    return any(cached_files(weights, [name]) for name in names)
+
+
+def cannot_read(file, error):
+    """What to raise for an OSError: a file that cannot be read is not damaged."""
+    return error if out_of_memory(error) else Fail(f"cannot read {file}: {error.strerror or reason(error)}")
 
 
 def download(repository, names):
     """weight_files for a Hugging Face repository like owner/name."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+    if not is_repository(repository):
         raise Fail(f"no folder {repository}; --weights wants a folder, or a Hugging Face repository like owner/name")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError,
                                         RepositoryNotFoundError)
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()                                    # its retries would bury the one line below
-    try:
-        return [Path(hf_hub_download(repository, name)) for name in names]
-    except GatedRepoError:
-        raise Fail(f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
-                   "then log in with `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise Fail(f"no folder and no Hugging Face repository {repository} "
-                   "(or it is private: log in with `hf auth login`)") from None
-    except LocalEntryNotFoundError:
-        raise Fail(f"cannot reach the Hugging Face Hub to download {repository}; "
-                   "check the network, or give a folder with --weights") from None
-    except EntryNotFoundError as error:
-        raise Fail(f"{repository} lacks a file that this model needs: {reason(error)}") from None
-    except Exception as error:                                       # broken connections, full disks: many kinds
-        raise Fail(f"downloading {repository} failed ({reason(error)}); "
-                   "run again to go on, or give a folder with --weights") from None
+    files = []
+    for name in names:
+        try:
+            files.append(Path(hf_hub_download(repository, name)))
+        except GatedRepoError:
+            raise Fail(f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, "
+                       "then log in with `hf auth login`") from None
+        except RepositoryNotFoundError:
+            raise Fail(f"no folder and no Hugging Face repository {repository} "
+                       "(or it is private: log in with `hf auth login`)") from None
+        except LocalEntryNotFoundError:                              # not in the cache, and not to be had
+            if constants.HF_HUB_OFFLINE:
+                raise Missing(f"{name} of {repository} is not in the cache, and HF_HUB_OFFLINE is set; unset it to "
+                              "download, or give a folder with --weights") from None
+            raise Fail(f"cannot reach the Hugging Face Hub to download {name} of {repository}; "
+                       "check the network, or give a folder with --weights") from None
+        except EntryNotFoundError as error:
+            raise Missing(f"{repository} lacks a file that this model needs: {reason(error)}") from None
+        except Exception as error:                                   # broken connections, full disks: many kinds
+            if out_of_memory(error):
+                raise
+            raise Fail(f"downloading {repository} failed ({reason(error)}); "
+                       "run again to go on, or give a folder with --weights") from None
+    return files
 
 
 def sharded_files(weights, name):
     """Paths of a file that may come in shards: those that name.index.json lists, or the file itself."""
+    index_name = f"{name}.index.json"
+    if not cached_files(weights, [index_name]) and cached_files(weights, [name]):
+        return weight_files(weights, [name])                         # nobody is asked for an index
     try:
-        index, = weight_files(weights, [f"{name}.index.json"])
-    except Fail:                                                     # no index, no network: the file itself will tell
+        index, = weight_files(weights, [index_name])
+    except Missing:
         return weight_files(weights, [name])
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Fail(f"{index} is no list of shards; fetch it again") from None
-    folder = name.rpartition("/")[0]
-    return weight_files(weights, [f"{folder}/{shard}" for shard in shards])
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        shards = []
+    if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(shard)) for shard in shards):
+        raise Fail(f"{index} is no list of shards; fetch it again")
+    return weight_files(weights, [str(PurePosixPath(name).with_name(shard)) for shard in shards])
 
 # ---------------------------------------------------------------------------------------------------------
 # checking and loading
@@ -86,56 +150,91 @@ def load_tokenizer(load, path):
     try:
         return load(path)
     except Exception as error:                                       # the tokenizers library raises nothing narrower
+        if out_of_memory(error):
+            raise
         raise Fail(f"{path} is no tokenizer that can be read ({reason(error)}); fetch it again") from None
 
 
 def read_headers(files):
-    """{tensor name: (file, shape)} of safetensors files. Raises Fail if one is damaged or of another format."""
+    """{tensor name: (file, its name there, shape)} of safetensors files, without the prefix that single files may have.
+    Raises Fail if one cannot be read, is damaged or of another format, or has tensors that are no floats."""
     found = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                for name in set(tensors.keys()) - IGNORED:
-                    if name in found:
-                        raise Fail(f"{file} repeats {name}, which {found[name][0]} has; fetch both again")
-                    found[name] = file, tuple(tensors.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
+                stored = sorted(set(tensors.keys()) - IGNORED)
+                prefix = PREFIX if all(name.startswith(PREFIX) for name in stored) else ""
+                for name in stored:
+                    entry, short = tensors.get_slice(name), name.removeprefix(prefix)
+                    if short in found:
+                        raise Fail(f"{file} repeats {name}, which {found[short][0]} has; fetch both again")
+                    if entry.get_dtype() not in FLOATS:
+                        raise Fail(f"{file} cannot be used: {name} is {entry.get_dtype()}, not one of "
+                                   f"{', '.join(FLOATS)}; fetch weights that are not quantised")
+                    found[short] = file, name, tuple(entry.get_shape())
+        except SafetensorError as error:
+            with open(file, "rb") as opened:
+                if opened.read(4) == b"GGUF":
+                    raise Fail(f"{file} is a GGUF file, quantised; fetch the safetensors files instead") from None
             raise Fail(f"{file} is no complete safetensors file ({reason(error)}); fetch it again") from None
+        except OSError as error:
+            raise cannot_read(file, error) from None
     return found
 
 
-def check_weights(make_model, files):
+def as_named(name, shape):
+    """The layout of a checkpoint that has the model's own names and shapes."""
+    return [(name, shape)]
+
+
+def check_weights(make_model, files, layout=as_named):
     """Raises Fail, with the file and the first tensor that differs, if files are not exactly the model's.
-    make_model() -> the module."""
+
+    make_model() -> the module. layout(name, shape) -> the tensors [(name, shape)] of the files whose rows, in this
+    order, are the parameter; a name followed by [0] or [1] stands for the first or second half of the tensor's rows.
+    -> {parameter: (shape, [(file, the tensor's name there, half or None)])}"""
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in make_model().state_dict().items()}
-    found = read_headers(files)
+        parameters = {name: tuple(p.shape) for name, p in make_model().state_dict().items()}
+    found, expected, sources = read_headers(files), {}, {}
+    for parameter, own_shape in parameters.items():
+        sources[parameter] = own_shape, []
+        for piece, shape in layout(parameter, own_shape):
+            name, _, half = piece.removesuffix("]").partition("[")
+            expected[name] = shape
+            if name in found:
+                sources[parameter][1].append((*found[name][:2], int(half) if half else None))
     advice = "check --model and --weights"
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise Fail(f"{files[0]} is not this model's: it lacks the tensor {name}; {advice}")
-        file, shape = found[name]
+        file, _, shape = found[name]
         if name not in expected:
             raise Fail(f"{file} is not this model's: it has a tensor {name} too many; {advice}")
         if shape != expected[name]:
             raise Fail(f"{file} is not this model's: {name} is {list(shape)}, not {list(expected[name])}; {advice}")
+    return sources
 
 
-def load_weights(make_model, files, device, dtype, float32=()):
+def load_weights(make_model, files, device, dtype, float32=(), layout=as_named):
     """A model with the weights in files, tensor by tensor, so that there is never a second copy.
 
     make_model() -> the module. float32: parts of names; parameters with such a name stay float32 whatever dtype is.
-    Raises Fail if files are not exactly the model's (check_weights)."""
-    check_weights(make_model, files)
+    layout: as in check_weights. Raises Fail if files are not exactly the model's (check_weights)."""
+    sources = check_weights(make_model, files, layout)
     with torch.device("meta"):
         model = make_model()
-    for file in files:
-        with safe_open(file, "pt", device=str(device)) as tensors:
-            for name in set(tensors.keys()) - IGNORED:
-                wide = any(part in name for part in float32)
-                tensor = tensors.get_tensor(name).to(torch.float32 if wide else dtype)
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(file, "pt", device=str(device))) for file in files}
+        for parameter, (shape, pieces) in sources.items():
+            rows = []
+            for file, name, half in pieces:
+                tensor = opened[file].get_tensor(name)
+                rows.append(tensor if half is None else tensor.chunk(2)[half])
+            tensor = (torch.cat(rows) if len(rows) > 1 else rows[0]).view(shape)
+            wide = any(part in parameter for part in float32)
+            tensor = tensor.to(torch.float32 if wide else dtype)
+            parent, _, leaf = parameter.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     return model.eval()
 
 # ---------------------------------------------------------------------------------------------------------
@@ -147,7 +246,7 @@ def check_memory(make_model, dtype, device, caches=0):
     with torch.device("meta"):
         weights = sum(p.numel() for p in make_model().parameters()) * dtype.itemsize
     free = free_memory(device)
-    if free is None or weights + caches <= free:
+    if weights + caches <= free:
         return
     advice = "--model tiny or a larger machine"
     if weights < free:
@@ -159,15 +258,53 @@ def check_memory(make_model, dtype, device, caches=0):
 
 
 def free_memory(device):
-    """Bytes that can be allocated on a device, or None if the system does not say."""
+    """Bytes that can be allocated on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, cgroup_memory())
+
+
+def cgroup_memory(root=Path("/")):
+    """Bytes that this process's control groups (Linux, version 1 or 2; a container has one) still allow, infinite if
+    they set no limit. What they count as used includes files that the kernel keeps in memory and would give up."""
+    files = {"": ("sys/fs/cgroup", "memory.max", "memory.current", ""),
+             "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")}
     try:
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    except OSError:
-        return None
-    try:                                                             # a container's own limit
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except OSError:
-        return free
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except FileNotFoundError:                                        # no Linux
+        return math.inf
+    free = math.inf
+    for line in lines:                                               # 0::/a/b, or in version 1 4:memory:/a/b
+        _, controllers, path = line.split(":", 2)
+        for controller in files.keys() & set(controllers.split(",")):
+            top, limit, used, prefix = files[controller]
+            group = root / top / path.lstrip("/")
+            while True:                                              # a group's parents limit it, too
+                if (group / limit).exists() and (group / limit).read_text().strip() != "max":
+                    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    kept = sum(int(stat[f"{prefix}{name}_file"]) for name in ("active", "inactive"))
+                    free = min(free, int((group / limit).read_text()) - int((group / used).read_text()) + kept)
+                if group == root / top:
+                    break
+                group = group.parent
+    return free
+
+
+def layer_bytes(sparsity, heads, head_dim, rows, columns, static_most, dtype, mlp_rows=0):
+    """What Chipmunk remembers for one layer of a model, found by running its kinds of steps on tensors without data.
+    rows of attention see `columns`, static_most of them always; mlp_rows: of an MLP (FLUX's, four times as wide)."""
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+    static, dim = empty(columns, dtype=torch.bool), heads * head_dim
+    layer = LayerState(sparsity, static, static_most, 0, empty(()), empty(()))
+    q, k = empty(1, heads, rows, head_dim), empty(1, heads, columns, head_dim)
+    for step in Step(0, "dense", "dense"), Step(1, "measure", "dense"), Step(2, "sparse", "choose"):
+        chipmunk_attention(q, k, k, layer, step)
+        if mlp_rows and sparsity.mlp_keep:
+            chipmunk_mlp(empty(1, mlp_rows, dim), empty(4 * dim, dim), None, empty(dim, 4 * dim), None, layer, step)
+    return remembered_bytes(layer)
+
+
+def remembered_bytes(layer_state):
+    """Bytes of the tensors in a LayerState, without those that layers share."""
+    return sum(value.nbytes for name, value in vars(layer_state).items() if torch.is_tensor(value) and name != "static")

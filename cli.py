@@ -7,8 +7,10 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -28,11 +30,86 @@ class Fail(Exception):
 
 def note(text):
     """Tell the user that something was adjusted, or has no effect."""
-    print(f"note: {text}", file=sys.stderr)
+    with suppress(OSError):                                          # stderr may be a file on a full disk
+        print(f"note: {text}", file=sys.stderr)
+
+
+# Libraries say in many words that memory ran out, in a RuntimeError or OSError that is used for other things, too:
+# CUDA, cuBLAS, cuDNN (which then finds no plan or engine), torch on a CPU, mmap, and Windows' paging file (1455).
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|(?:can't|cannot|unable to) allocate|not enough memory|STATUS_ALLOC_FAILED|os error 1455|"
+    r"no valid execution plans|unable to find an engine|valid cuDNN algorithm", re.IGNORECASE)
+ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTP]iB)")  # made here: without memory nothing is compiled
+
+
+def out_of_memory(error):
+    """Does this exception say that memory ran out?"""
+    if isinstance(error, MemoryError):                               # Python's, numpy's and safetensors'
+        return True
+    return isinstance(error, RuntimeError | OSError) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def memory_advice(error):
+    """The line for an out_of_memory exception: how much was asked for, if it tells, and which flags help."""
+    asked = ASKED.search(str(error))
+    more = ""
+    if asked and asked[2] == "bytes":
+        more = f" ({int(asked[1]) / 1e9:.2f} GB more were needed)"
+    elif asked:
+        more = f" ({asked[1]} {asked[2]} more were needed)"
+    return (f"out of memory{more}; --dense needs no caches, a smaller --width and --height need less of everything, "
+            "--dtype bfloat16 half of float32")
+
+
+def check_finite(x, part, dtype, before=None):
+    """Begin to look for NaN and infinity in x, which `part` made in `dtype`, without waiting for the device.
+    -> a function that ends this: it raises Fail if there are any. before: such a function of an earlier x, which is
+    ended now, when the device has more to do."""
+    finite = x.isfinite().all().to("cpu", non_blocking=True)         # ()
+    copied = torch.cuda.Event() if x.is_cuda else None
+    if copied:
+        copied.record()
+
+    def end():
+        if copied:
+            copied.synchronize()
+        if not finite:
+            raise Fail(f"{part} gave NaN or infinity, so there is nothing to show; {not_finite_advice(dtype)}")
+    if before:
+        before()
+    return end
+
+
+def not_finite_advice(dtype):
+    """The usual cause of NaN or infinity, and the flag that helps."""
+    if dtype == torch.float32:
+        return "usually the weights are damaged: fetch them again; --dense tells whether the caches are to blame"
+    return "usually a number is too large for half precision: try --dtype float32, then fetch the weights again"
+
+
+def say(text):
+    """Print a line of results. By then the file is written; the exit status tells if stdout cannot take the line.
+    Raises BrokenPipeError if it is closed (`... | head`), else Fail."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_stdout()
+        raise Fail(f"cannot print what was done: {error.strerror}") from None
+
+
+def forget_stdout():
+    """What stdout still holds goes nowhere; else Python tries, and fails, to print it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(main):
     """Call main. A Fail, Ctrl-C or a lack of memory ends in one line on stderr and a non-zero exit status."""
+    if sys.stdout is not None:                                       # in an encoding that lacks a character
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:                                           # closed; progress bars want one
+        sys.stderr = open(os.devnull, "w")
     try:
         main()
     except Fail as error:
@@ -40,14 +117,13 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                                          # `... | head` closed our stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        forget_stdout()
         sys.exit(1)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
             raise
-        sys.exit("error: out of memory; --dense needs no caches, "
-                 "a smaller --width and --height need less of everything")
+        sys.exit(f"error: {memory_advice(error)}")
 
 # ---------------------------------------------------------------------------------------------------------
 # settings
@@ -99,6 +175,8 @@ def fill(settings, configs):
     dtype = settings.dtype or ("float32" if small else "bfloat16")
     if dtype not in DTYPES:
         raise Fail(f"no dtype {dtype!r} to compute in; choose from {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        check_capability(torch.cuda.get_device_capability(device), dtype, sparsity)
     return replace(settings, width=round_size("width", settings.width), height=round_size("height", settings.height),
                    sparsity=sparsity, device=device, dtype=DTYPES[dtype])
 
@@ -116,7 +194,9 @@ def pick_device(text):
     try:
         device = torch.device(text)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise Fail(f"{text} is full; end what else runs there, or try another --device") from None
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise Fail(f"no device {str(text)!r} to run on here; try --device cpu")
@@ -125,6 +205,13 @@ def pick_device(text):
     if device.index is not None:
         torch.cuda.set_device(device)                                # Triton launches on the current one
     return device
+
+
+def check_capability(capability, dtype, sparsity):
+    """Raises Fail for a GPU before Ampere, like T4 (7, 5), unless it runs what it can: float32 without kernels."""
+    if capability < (8, 0) and (dtype == "bfloat16" or sparsity):
+        raise Fail(f"this GPU (compute capability {capability[0]}.{capability[1]}) has no bfloat16, and Chipmunk's "
+                   "kernels need 8.0; --dense --dtype float32 works, or --device cpu")
 
 
 def check_prompt(prompt, negative_prompt=None):
@@ -230,11 +317,13 @@ def parse(parser, configs):
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
     steps = args.steps or config.steps
     sparsity = chosen_sparsity(args, config.sparsity, steps, config.steps)
+    plan = make_plan(steps, None if args.dense else sparsity)
     if args.show_plan:
-        show_plan(make_plan(steps, None if args.dense else sparsity))
+        show_plan(plan)
         sys.exit()
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
+    note_idle_flags(args, plan)
     return args, fill(Settings(**given, sparsity=sparsity), configs)
 
 
@@ -256,13 +345,35 @@ def chosen_sparsity(args, preset, steps, made_for):
     return replace(fit_steps(preset, steps, made_for), **changes)
 
 
+def note_idle_flags(args, plan):
+    """Say which flags have no effect."""
+    chipmunk = "delta", "attn_keys", "mlp_keys", "measure_steps", "skip_steps"
+    given = [f"--{name.replace('_', '-')}" for name in chipmunk if getattr(args, name, None) is not None]
+    if args.dense and given:
+        note(f"{', '.join(given)}: no effect with --dense")
+    elif isinstance(args.skip_steps, tuple):
+        computed = [str(i) for i in args.skip_steps if not plan[i].skip]
+        if computed:
+            note(f"--skip-steps {','.join(computed)}: no effect, as these steps measure (--show-plan shows them)")
+
+
 def show_plan(plan):
-    print("step  attention  MLP")
-    for step in plan:
-        print(f"{step.index:4}  {step.attn:9}  {step.mlp}")
+    rows = [f"{step.index:4}  {step.attn:9}  {step.mlp}" for step in plan]
+    say("\n".join(["step  attention  MLP", *rows]))
 
 # ---------------------------------------------------------------------------------------------------------
-# what a result remembers
+# what a result says and remembers
+
+
+def work_line(attn, saved, mlp=None):
+    """How much was recomputed and saved, in one line. attn, mlp: work on columns in shares of a dense run's. A step
+    that measures works on some columns twice, so in few steps these may be more than 1: then all were recomputed."""
+    columns = f"{min(attn, 1):.1%} of attention columns"
+    if mlp is not None:
+        columns += f" and {min(mlp, 1):.1%} of MLP columns"
+    if saved < 0:
+        return f"recomputed {columns}; took {-saved:.1%} more operations than --dense, which so few steps do not repay"
+    return f"recomputed {columns}; saved {saved:.1%} of the operations"
 
 
 def describe(args, settings):

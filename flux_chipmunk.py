@@ -19,7 +19,9 @@ left in `layer_state` (cache.py). Without a state this is plain FLUX.1.
 FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
 """
 import math
+import re
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -523,13 +525,75 @@ def make_noise(z, height, width, seed):
 
 def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):
     """Euler steps from noise x (B, N, channels) to image tokens. plan: an iterable of Step; dense without plan and
-    state. -> (B, N, channels)"""
+    state. Raises Fail at NaN or infinity, a step later. -> (B, N, channels)"""
     guidance = x.new_full((x.shape[0],), guidance)                   # (B,)
-    plan = plan or [None] * (len(sigmas) - 1)
-    for step, sigma, sigma_next in zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist()):
+    plan, checked = plan or [None] * (len(sigmas) - 1), None
+    for i, (step, sigma, sigma_next) in enumerate(zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist())):
         t = x.new_full((x.shape[0],), sigma)                         # (B,)
         x = x + (sigma_next - sigma) * model(x, t, text, pooled, guidance, layout, state, step)
+        checked = cli.check_finite(x, f"step {i} of the transformer", x.dtype, checked)
+    checked()                                                        # waits for the device
     return x
+
+# ---------------------------------------------------------------------------------------------------------
+# weights in diffusers' layout, which is what its users have: other names, and linears that are not fused
+
+DIFFUSERS_FILES = {"flux": "transformer/diffusion_pytorch_model.safetensors",
+                   "autoencoder": "vae/diffusion_pytorch_model.safetensors"}
+DIFFUSERS_NAMES = {            # ours: theirs, whose rows stand below each other; [0], [1]: a half of their rows
+    "img_in": "x_embedder", "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear[1] norm_out.linear[0]",       # theirs: first scale, then shift
+    # of a double block
+    "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear",
+    "img_attn.qkv": "attn.to_q attn.to_k attn.to_v", "img_attn.proj": "attn.to_out.0",
+    "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "txt_attn.proj": "attn.to_add_out",
+    "img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q", "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2",
+    # of a single block
+    "modulation.lin": "norm.linear", "norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k",
+    "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp", "linear2": "proj_out"}
+DIFFUSERS_AUTOENCODER = [      # what of our names is something else in theirs
+    ("attn_1.norm", "attentions.0.group_norm"), ("attn_1.proj_out", "attentions.0.to_out.0"),
+    (r"attn_1\.([qkv])", r"attentions.0.to_\1"), ("norm_out", "conv_norm_out"), ("nin_shortcut", "conv_shortcut"),
+    ("block_1", "resnets.0"), ("block_2", "resnets.1"), (r"block\.", "resnets."), (r"sample\.conv", "samplers.0.conv"),
+    (r"\.(down|up|mid)\.", r".\1_block."), (r"(down|up)_block\.", r"\1_blocks.")]
+
+
+def transformer_layout(name, shape):
+    """A layout for checkpoints.load_weights: the tensors of diffusers' transformer/ that are a parameter of Flux."""
+    stem, _, leaf = name.rpartition(".")
+    block = re.match(r"(double|single)_blocks(\.\d+\.)", stem)
+    prefix = ""
+    if block:
+        prefix = {"double": "", "single": "single_"}[block[1]] + "transformer_blocks" + block[2]
+        stem = stem[block.end():]
+    theirs = [piece.partition("[") for piece in DIFFUSERS_NAMES[stem].split()]
+    shares = [4 if piece == "proj_mlp" else 1 for piece, _, _ in theirs]
+    pieces = []
+    for (piece, bracket, half), share in zip(theirs, shares):
+        rows = shape[0] if bracket else shape[0] * share // sum(shares)
+        full_name = f"{prefix}{piece}.{leaf.replace('scale', 'weight')}{bracket}{half}"
+        pieces.append((full_name, (rows, *shape[1:])))
+    return pieces
+
+
+def autoencoder_layout(levels):
+    """Likewise for diffusers' vae/, whose decoder counts its levels from the coarsest."""
+    def layout(name, shape):
+        name = re.sub(r"up\.(\d+)", lambda level: f"up.{levels - 1 - int(level[1])}", name)
+        for ours, theirs in DIFFUSERS_AUTOENCODER:
+            name = re.sub(ours, theirs, name)
+        return [(name, shape[:2] if "attentions" in name else shape)]            # linears there, 1x1 convolutions here
+    return layout
 
 # ---------------------------------------------------------------------------------------------------------
 # generate: prompt in, picture out
@@ -562,9 +626,11 @@ def render(prompt, settings, compare=False):
     config = CONFIGS[settings.model]
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     h, w = settings.height // 16, settings.width // 16               # in tokens
-    check(prompt, settings, folder, config.text_length + h * w)
+    check(prompt, settings, folder, h * w)
 
     text, pooled = encode_prompts([prompt], config, folder, device, dtype)       # (1, T, text_dim), (1, pooled_dim)
+    for part, states in ("T5", text), ("CLIP", pooled):
+        cli.check_finite(states, part, dtype)()
     layout = make_layout(config.flux, h, w, config.text_length, device)
     noise = make_noise(config.autoencoder.z, h, w, settings.seed)                # (1, z, 2h, 2w)
     noise = patchify(noise.to(device, dtype))                                    # (1, N, 4 z)
@@ -581,9 +647,8 @@ def render(prompt, settings, compare=False):
             sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
         state = make_state(layers, sparsity, layout.static, settings.seed)
-        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
+        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)     # (1, N, 4 z)
-        x.sum().item()                                               # wait for the device
         seconds = time.perf_counter() - start
         results.append((x, Report(seconds, *work_done(config.flux, len(layout.static), h * w, plan, state))))
     del flux, state
@@ -594,9 +659,8 @@ def render(prompt, settings, compare=False):
                 for x, report in results]
 
 
-def check(prompt, settings, folder, tokens):
-    """Find everything that can be wrong before a network is loaded. tokens: text and image tokens together.
-    Raises Fail."""
+def check(prompt, settings, folder, n_image):
+    """Find everything that can be wrong before a network is loaded. Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt)
     if settings.guidance and not config.flux.guidance:
@@ -605,10 +669,10 @@ def check(prompt, settings, folder, tokens):
         precision = torch.float32 if part == "autoencoder" else dtype
         caches = 0
         if part == "flux" and settings.sparsity:
-            caches = cache_bytes(config.flux, settings.sparsity, tokens, dtype)
+            caches = cache_bytes(config.flux, settings.sparsity, config.text_length, n_image, dtype)
         checkpoints.check_memory(make, precision, settings.device, caches)
     for part, make in parts(config).items():
-        checkpoints.check_weights(make, checkpoints.weight_files(folder, config.files[part]))
+        checkpoints.check_weights(make, *part_files(part, config, folder))
 
 
 def encode_prompts(prompts, config, folder, device, dtype):
@@ -638,15 +702,30 @@ def parts(config):
 
 def load_part(part, config, folder, device, dtype):
     """One of the four networks, with its weights."""
-    files = checkpoints.weight_files(folder, config.files[part])
-    return checkpoints.load_weights(parts(config)[part], files, device, dtype)
+    files, layout = part_files(part, config, folder)
+    return checkpoints.load_weights(parts(config)[part], files, device, dtype, layout=layout)
 
 
-def cache_bytes(config, sparsity, tokens, dtype):
-    """What Chipmunk remembers for `tokens` text and image tokens: for each layer the attention's rest and, with deltas,
-    the MLP's activations and output."""
-    layers = config.double_blocks + config.single_blocks - sparsity.dense_layers
-    return layers * tokens * (6 if sparsity.mlp_keep else 1) * config.dim * dtype.itemsize
+def part_files(part, config, folder):
+    """The files of a network and their layout: the original's, unless only diffusers' are there."""
+    theirs = DIFFUSERS_FILES.get(part)
+    if theirs is None or checkpoints.at_hand(folder, config.files[part][0]) or not checkpoints.at_hand(folder, theirs):
+        return checkpoints.weight_files(folder, config.files[part]), checkpoints.as_named
+    layout = transformer_layout if part == "flux" else autoencoder_layout(len(config.autoencoder.multipliers))
+    return checkpoints.sharded_files(folder, theirs), layout
+
+
+
+def cache_bytes(config, sparsity, n_text, n_image, dtype):
+    """What Chipmunk remembers for n_text and n_image tokens: in each layer the attention's rest and, with deltas, the
+    MLP's activations and output; and what enters the final layer."""
+    tokens, head_dim = n_text + n_image, config.dim // config.heads
+    total = n_image * config.dim * dtype.itemsize
+    mlp_rows = [n_image] * config.double_blocks + [tokens] * config.single_blocks
+    kinds = Counter(mlp_rows[sparsity.dense_layers:])
+    for rows, layers in kinds.items():
+        total += layers * checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, n_text, dtype, rows)
+    return total
 
 
 def work_done(config, tokens, image, plan, state):
@@ -680,20 +759,20 @@ def main():
     chipmunk.add_argument("--mlp-keys", type=cli.number(float, 0, 1), metavar="SHARE",
                           help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
     args, settings = cli.parse(parser, CONFIGS)
-    out = media.check_out(args.out, "flux", (".png",))
+    out = args.out or Path("flux.png")
+    media.check_out(out, (".png",))
 
     start = time.perf_counter()
     pictures, reports = zip(*render(args.prompt, settings, args.compare))
-    media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings))
-    print(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
-          f"{time.perf_counter() - start:.1f} s")
+    out = media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings), new=args.out is None)
+    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
+            f"{time.perf_counter() - start:.1f} s")
     ours = reports[-1]
     if settings.sparsity:
-        print(f"recomputed {ours.attn:.1%} of attention columns and {ours.mlp:.1%} of MLP columns; "
-              f"saved {ours.saved:.1%} of the operations")
+        cli.say(cli.work_line(ours.attn, ours.saved, ours.mlp))
     if args.compare:
         dense, picture = (p[None] for p in pictures)                 # (1, 3, height, width) each
-        print(media.comparison(dense, picture, reports[0].seconds, ours.seconds))
+        cli.say(media.comparison(dense, picture, reports[0].seconds, ours.seconds))
 
 
 if __name__ == "__main__":

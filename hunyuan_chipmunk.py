@@ -34,7 +34,6 @@ import checkpoints
 import cli
 import media
 from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_plan, make_state, until_sparse
-from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -79,6 +78,8 @@ class Config:
     clip: CLIPConfig
     template: str              # what Llama reads; {} is the prompt
     crop: int                  # its tokens before the prompt, which the transformer does not see
+    image_template: str        # the same two for a single frame
+    image_crop: int
     text_length: int           # the most tokens behind those
     width: int                 # from here on: what the command line may change
     height: int
@@ -109,6 +110,7 @@ CONFIGS = {
         llama=LlamaConfig(vocab=512, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
         template="<|start_header_id|>{}<|eot_id|>", crop=2,          # <|begin_of_text|> and <|start_header_id|>
+        image_template="<|start_header_id|>{}<|eot_id|>", image_crop=2,
         text_length=62, width=256, height=256, frames=17, fps=8, steps=50, guidance=4.0, shift=7.0,
         sparsity=replace(HUNYUAN_SPARSITY, measure=EARLY_STEPS)),
     "720p": Config(
@@ -123,7 +125,13 @@ CONFIGS = {
                  "4. background environment, light, style and atmosphere."
                  "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
                  "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-        crop=95, text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0,
+        crop=95,
+        image_template="<|start_header_id|>system<|end_header_id|>\n\nDescribe the image by detailing the color, "
+                       "shape, size, texture, quantity, text, spatial relationships of the objects and background:"
+                       "<|eot_id|>"
+                       "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        image_crop=36,
+        text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0,
         sparsity=HUNYUAN_SPARSITY),
 }
 
@@ -609,13 +617,16 @@ def make_noise(z, grid, seed):
 
 def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):
     """Euler steps from noise x (B, z, t, 2h, 2w) float32 to latents, in float32; the model runs in text's dtype. plan:
-    an iterable of Step; dense without plan and state. -> (B, z, t, 2h, 2w)"""
+    an iterable of Step; dense without plan and state. Raises Fail at NaN or infinity, a step later.
+    -> (B, z, t, 2h, 2w)"""
     guidance = text.new_full((x.shape[0],), guidance)                # (B,)
-    plan = plan or [None] * (len(sigmas) - 1)
-    for step, sigma, sigma_next in zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist()):
+    plan, checked = plan or [None] * (len(sigmas) - 1), None
+    for i, (step, sigma, sigma_next) in enumerate(zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist())):
         t = x.new_full((x.shape[0],), sigma)                         # (B,)
         v = model(x.to(text.dtype), t, text, pooled, guidance, layout, state=state, step=step)
         x = x + (sigma_next - sigma) * v.float()
+        checked = cli.check_finite(x, f"step {i} of the transformer", text.dtype, checked)
+    checked()                                                        # waits for the device
     return x
 
 # ---------------------------------------------------------------------------------------------------------
@@ -647,12 +658,16 @@ def render(prompt, settings, compare=False):
     (3, height, width) in -1..1, which are decoded as they are asked for.
     -> [(video, Report)]; with compare two of them from the same noise, first the dense one."""
     config = CONFIGS[settings.model]
+    if settings.frames == 1:
+        config = replace(config, template=config.image_template, crop=config.image_crop)
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16                 # (t, h, w) in tokens
     n_video = math.prod(grid)
     check(prompt, settings, folder, n_video)
 
     text, _, pooled = encode_prompts([prompt], config, folder, device, dtype)    # (1, T, text_dim), (1, pooled_dim)
+    for part, states in ("Llama", text), ("CLIP", pooled):
+        cli.check_finite(states, part, dtype)()
     layout = make_layout(config.hunyuan, grid, text.shape[1], device)
     noise = make_noise(config.hunyuan.z, grid, settings.seed).to(device).float() # (1, z, t, 2h, 2w)
     sigmas = make_sigmas(settings.steps, config.shift)
@@ -667,9 +682,8 @@ def render(prompt, settings, compare=False):
             sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
         state = make_state(layers, sparsity, layout.static, settings.seed, n_video)
-        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
+        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
-        x.sum().item()                                               # wait for the device
         seconds = time.perf_counter() - start
         attn, saved = work_done(config.hunyuan, n_video, text.shape[1], plan, state)
         results.append((x, Report(seconds, attn, saved)))
@@ -753,12 +767,10 @@ def load_part(part, config, folder, device, dtype):
 
 def cache_bytes(config, sparsity, n_video, n_text, dtype):
     """What Chipmunk remembers for n_video and n_text tokens: in each layer the attention's rest and the lists of
-    columns."""
-    layers = config.dual_blocks + config.single_blocks - sparsity.dense_layers
-    list_length = math.ceil((sparsity.attn_keep + sparsity.attn_random) * (n_video + n_text)) + n_text
-    rest = n_video * config.dim * dtype.itemsize
-    lists = math.ceil(n_video / GROUP) * config.heads * list_length * 4
-    return layers * (rest + lists)
+    columns; and what enters the final layer."""
+    layers, head_dim = config.dual_blocks + config.single_blocks - sparsity.dense_layers, config.dim // config.heads
+    layer = checkpoints.layer_bytes(sparsity, config.heads, head_dim, n_video, n_video + n_text, n_text, dtype)
+    return layers * layer + n_video * config.dim * dtype.itemsize
 
 
 def work_done(config, n_video, n_text, plan, state):
@@ -784,7 +796,9 @@ def work_done(config, n_video, n_text, plan, state):
 def main():
     parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
     args, settings = cli.parse(parser, CONFIGS)
-    out = media.check_out(args.out, "hunyuan", (".mp4", ".png") if settings.frames > 1 else (".png",))
+    suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
+    out = args.out or Path("hunyuan" + suffixes[0])
+    media.check_out(out, suffixes)
 
     start = time.perf_counter()
     videos, reports = zip(*render(args.prompt, settings, args.compare))
@@ -792,14 +806,13 @@ def main():
     if args.compare:
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
         video = torch.cat([dense, ours], dim=3)
-    media.write_video(out, video, settings.fps, cli.describe(args, settings))
-    print(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
-          f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
+    out = media.write_video(out, video, settings.fps, cli.describe(args, settings), new=args.out is None)
+    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
+            f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
     if settings.sparsity:
-        report = reports[-1]
-        print(f"recomputed {report.attn:.1%} of attention columns; saved {report.saved:.1%} of the operations")
+        cli.say(cli.work_line(reports[-1].attn, reports[-1].saved))
     if args.compare:
-        print(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
+        cli.say(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
 
 
 if __name__ == "__main__":

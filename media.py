@@ -5,10 +5,8 @@ whole or not at all.
 """
 import math
 import os
-import sys
-from contextlib import contextmanager
-from itertools import chain, islice
-from pathlib import Path
+import secrets
+from itertools import chain, count, islice
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +17,8 @@ from cli import Fail
 # the file to write
 
 
-def check_out(out, stem, suffixes):
-    """The file to write: `out`, or the first free name stem.png, stem-2.png, ... in this folder.
-    Raises Fail, before any work is done, if it cannot be written."""
-    if out is None:
-        numbers = chain([""], (f"-{i}" for i in range(2, sys.maxsize)))
-        names = (Path(f"{stem}{number}{suffixes[0]}") for number in numbers)
-        out = next(name for name in names if not name.exists())
+def check_out(out, suffixes):
+    """Raises Fail, before any work is done, if the file `out` cannot be written."""
     if out.suffix.lower() not in suffixes:
         raise Fail(f"--out {out}: the name must end in {' or '.join(suffixes)}")
     if os.path.isdir(out):
@@ -34,37 +27,55 @@ def check_out(out, stem, suffixes):
         raise Fail(f"--out {out}: there is no folder {out.parent}; make it first")
     if len(os.fsencode(out.name)) > 240:
         raise Fail(f"--out {out.name[:40]}...: the name is too long; take a shorter one")
+    trial = temporary_name(out)
     try:                                                             # permission bits do not tell what a system allows
-        temporary_name(out).touch()
-        temporary_name(out).unlink()
-    except OSError:
-        raise Fail(f"--out {out}: the folder {out.parent} cannot be written; choose another") from None
-    return out
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise Fail(f"--out {out}: the folder {out.parent} cannot be written ({error.strerror}); "
+                   "choose another") from None
 
 
 def temporary_name(file):
-    """The name that a file has until it is complete."""
-    return file.with_name(f".{file.name}.tmp")
+    """The name that a file has until it is complete: another one for every run."""
+    return file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
 
 
-@contextmanager
-def whole_file(file):
-    """A temporary name to write to. It becomes `file` if all goes well, and is removed if not."""
+def write_whole(file, new, write):
+    """write(temporary name); when that is complete it becomes `file`, or, if new, the first of file, file-2, ... that
+    is not there. -> the file. Raises Fail, and leaves nothing behind, if that is impossible."""
     temporary = temporary_name(file)
     try:
-        yield temporary
+        write(temporary)
+        if new:
+            file = claim(file)
         temporary.replace(file)
+        return file
     except OSError as error:                                         # PyAV's are OSErrors too
         raise Fail(f"cannot write {file}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def claim(file):
+    """Make the first of file, file-2, file-3, ... that is not there, empty: two runs cannot both make one."""
+    for number in count(1):
+        name = file if number == 1 else file.with_stem(f"{file.stem}-{number}")
+        try:
+            name.touch(exist_ok=False)
+            return name
+        except FileExistsError:
+            continue
 
 # ---------------------------------------------------------------------------------------------------------
 # writing
 
 
 def to_bytes(picture):
-    """(3, H, W), values in -1..1 -> (H, W, 3) uint8 array, truncated as the originals do."""
+    """(3, H, W), values in -1..1 -> (H, W, 3) uint8 array, truncated as the originals do. Raises Fail at NaN, which
+    would be black."""
+    if picture.isnan().any():
+        raise Fail("the decoder gave NaN: nothing to show; try --dtype float32, then fetch the weights again")
     levels = 127.5 * (picture.float().clamp(-1, 1) + 1)              # (3, H, W) in 0..255
     return levels.byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
@@ -75,24 +86,25 @@ def to_image(picture):
     return Image.fromarray(to_bytes(picture))
 
 
-def write_png(file, picture, texts):
-    """Write a picture (3, H, W), with texts {key: str} in its text chunks. Raises Fail if that is impossible."""
+def write_png(file, picture, texts, new=False):
+    """Write a picture (3, H, W), with texts {key: str} in its text chunks. new: take another name if the file is there,
+    instead of replacing it. -> the file. Raises Fail if that is impossible."""
     from PIL.PngImagePlugin import PngInfo
     info = PngInfo()
     for key, text in texts.items():
         info.add_text(key, text)
-    with whole_file(file) as temporary:
-        to_image(picture).save(temporary, format="PNG", pnginfo=info)
+    image = to_image(picture)
+    return write_whole(file, new, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
-def write_video(file, frames, fps, texts):
+def write_video(file, frames, fps, texts, new=False):
     """Write frames, an iterable of (3, H, W) with H and W even: as .mp4, or as .png every fourth side by side.
-    texts {key: str} go into its metadata. Raises Fail if that is impossible."""
+    texts {key: str} go into its metadata; new as in write_png. -> the file. Raises Fail if that is impossible."""
     if file.suffix.lower() == ".png":
         strip = torch.cat(list(islice(frames, 0, None, 4)), dim=2)   # (3, H, W times frames)
-        return write_png(file, strip, texts)
-    with whole_file(file) as temporary:
-        write_mp4(temporary, (to_bytes(frame) for frame in frames), fps, texts)
+        return write_png(file, strip, texts, new)
+    frames = map(to_bytes, frames)
+    return write_whole(file, new, lambda temporary: write_mp4(temporary, frames, fps, texts))
 
 
 def write_mp4(file, frames, fps, texts):

@@ -12,19 +12,22 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from safetensors.torch import load, load_file, save_file
+from tokenizers import Tokenizer, decoders
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -1013,8 +1016,8 @@ def test_llama_equals_transformers(transformers, kv_heads):
 # Against transformers: tokenizers, those of the embedded FLUX
 
 PROMPTS = ["a red circle", "", "  two   spaces\tand\na newline ", "It's the cat's, they'll say: don't!! I'd 'VE'm",
-           "12 monkeys, 3.14 & 2024...", "naïve café — “ÉCOLE” 東京 🙂", "cafe\u0301 n\u0303 \u212b İ ẞ",
-           "\u00a0\u3000\u200b", "a <|endoftext|> b </s> c <pad>", "<|StartOfText|>x<|ENDOFTEXT|>",
+           "12 monkeys, 3.14 & 2024...", "naïve café — “ÉCOLE” 🙂", "cafe\u0301 n\u0303 \u212b İ ẞ",
+           "\u00a0\u3000", "a <|endoftext|> b </s> c <pad>", "<|StartOfText|>x<|ENDOFTEXT|>",
            "'start 'revolt odd's s's ''s", "unseen ж ⅷ ² ½ ٣ ㋀", "snake_case-and-dash/slash", "circle " * 90]
 
 
@@ -1063,6 +1066,32 @@ def test_clip_tokenizer_splits_words_and_digits(clip_folder):
     assert tokens("A  RED\n circle") == ["a</w>", "red</w>", "circle</w>"]
     assert tokens("10!!")[:2] == ["1</w>", "0</w>"]
     assert tokens("") == []
+
+
+# The words of CLIPTokenizer of transformers 4.57.1, recorded
+WORDS = [
+    ('红色的圆在蓝色背景上', ['红', '色', '的', '圆', '在', '蓝', '色', '背', '景', '上']),
+    ('\u6771\u4eac tower\u3001\u30ab\u30bf\u30ab\u30ca \u304b\u3099', ['東', '京', 'tower', '、', 'カタカナ', 'が']),
+    ('ｶﾞ\u3000ＦＵＬＬ ｗｉｄｔｈ', ['ｶﾞ', 'ｆｕｌｌ', 'ｗｉｄｔｈ']),
+    ('빨간 원이 파란 배경 위에', ['빨간', '원이', '파란', '배경', '위에']),
+    ('한글', ['한글']),
+    ('CAFE\u0301 n\u0303 q\u0307\u0323', ['café', 'ñ', 'q', '\u0323\u0307']),
+    ('\u0928\u092e\u0938\u094d\u0924\u0947', ['\u0928\u092e\u0938', '\u094d', '\u0924', '\u0947']),
+    ('\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35', ['สว', '\u0e31', 'สด', '\u0e35']),
+    ('\u05e9\u05b8\u05c1\u05dc\u05d5', ['\u05e9', '\u05b8\u05c1', '\u05dc\u05d5']),
+    ('a\u200db\xadc\ufeff \u200b', ['abc']),
+    ('x\x00y\ufffdz\x01', ['xyz']),
+    ('𠀀㐀豈々〇', ['𠀀', '㐀', '豈', '々', '〇']),
+    ("l'été D'Él's", ['l', "'", 'été', 'd', "'", 'él', "'s"])]
+
+
+
+
+@pytest.mark.parametrize("prompt, words", WORDS)
+def test_clip_splits_every_script_as_the_originals_tokenizer_did(prompt, words):
+    tokenizer, decoder = load_clip_tokenizer(HERE / "weights/flux-tiny/tokenizer"), decoders.ByteLevel()
+    text = "".join(tokenizer.encode(prompt, add_special_tokens=False).tokens)
+    assert [decoder.decode([word]) for word in text.split("</w>")[:-1]] == words
 
 
 def test_tokenize_cuts_and_pads(t5_file):
@@ -1347,7 +1376,7 @@ def test_unipc_equals_diffusers(diffusers, steps, shift):
     for t in scheduler.timesteps:
         v, v_negative = model(x, t[None], 0.5, None, None, None), model(x, t[None], -0.2, None, None, None)
         x = scheduler.step(v_negative + 4.0 * (v - v_negative), t, x, return_dict=False)[0]
-    assert_near(wan_chipmunk.sample(model, noise, (0.5, -0.2), 4.0, schedule, None), x)
+    assert_near(wan_chipmunk.sample(model, noise, torch.tensor([0.5, -0.2]), 4.0, schedule, None), x)
 
 # =========================================================================================================
 # The programs: the same promises for all three
@@ -1655,7 +1684,7 @@ def test_hub_problems_end_in_one_line(call, monkeypatch, problem, says):
     def no(*args, **kwargs):
         raise error
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no)
-    monkeypatch.setattr(checkpoints, "free_memory", lambda device: None)    # dev is larger than most CPUs' memory
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: math.inf)            # dev is larger than most CPUs'
     outcome = call("flux", model="dev")
     assert says in error_of(outcome) and len(outcome[2]) == 1
 
@@ -1890,3 +1919,707 @@ def test_tables_that_need_a_gpu_say_so(monkeypatch, table):
     monkeypatch.setattr(sys, "argv", ["bench.py", table])
     with pytest.raises(cli.Fail, match="needs a GPU"):
         bench.main()
+
+# =========================================================================================================
+# Faults: what users of such programs report, each kind once
+
+
+def start(name, *flags, cwd, env=(), **options):
+    """A model's command line in a process of its own, on the CPU, its output in pipes. -> Popen"""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | dict(env)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    short = [f"--{key}={value}" for key, value in (SHORT[name] | {"steps": 2, "device": "cpu"}).items()]
+    command = [sys.executable, PROGRAMS[name].__file__, f"--prompt={PROMPT}", *short, *flags]
+    return subprocess.Popen(command, cwd=cwd, env=env, **options)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_two_runs_in_one_folder_do_not_meet(tmp_path, named):
+    flags = [["--seed=1"], ["--seed=2"]]
+    runs = [start("wan", *more, *(["--out=a.mp4"] if named else []), cwd=tmp_path) for more in flags]
+    said = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert {file.name for file in tmp_path.iterdir()} == ({"a.mp4"} if named else {"wan.mp4", "wan-2.mp4"})
+    seeds = {read_video(file)[1]["seed"] for file in tmp_path.iterdir()}
+    assert seeds < {"1", "2"} if named else seeds == {"1", "2"}
+
+
+def test_a_free_name_is_taken_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(lambda _: media.claim(tmp_path / "a.png"), range(40)))
+    assert {name.name for name in names} == {"a.png"} | {f"a-{i}.png" for i in range(2, 41)}
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other call"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built."),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                 "to allocate 36000000000 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to "
+                 "allocate 36000000000 bytes."),
+    RuntimeError("unable to mmap 36000000000 bytes from file <a.safetensors>: Cannot allocate memory (12)"),
+    MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"), MemoryError(),
+    OSError("The paging file is too small for this operation to complete. (os error 1455)"),
+    OSError(12, "Cannot allocate memory")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
+def test_out_of_memory_is_understood_in_every_wording(call, monkeypatch, tmp_path, error):
+    def refuse(*args, **kwargs):
+        raise error
+    for owner, name in (flux_chipmunk, "sample"), (checkpoints, "safe_open"):
+        with monkeypatch.context() as m:
+            m.setattr(owner, name, refuse)
+            outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
+        assert "out of memory" in error_of(outcome) and "--dense" in error_of(outcome)
+        assert len(outcome[2]) == 1 and not list(tmp_path.iterdir())
+        for asked, said in ("20.00 GiB", "20.00 GiB"), ("36000000000", "36.00 GB"), ("7.28 TiB", "7.28 TiB"):
+            assert (asked in str(error)) == (f"({said} more were needed)" in error_of(outcome))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    for error in RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(28, "No space left on device"), \
+            RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"):
+        assert not cli.out_of_memory(error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
+@pytest.mark.parametrize("room", [3e7, 1.5e8])
+def test_a_limit_of_address_space_ends_in_one_line(tmp_path, room):
+    limited = f"""
+import resource, sys
+import cli, flux_chipmunk, media, safetensors, PIL.PngImagePlugin
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + {int(room)}, now + {int(room)}))
+sys.argv = ["flux_chipmunk.py", "--prompt=a", "--device=cpu", "--out={tmp_path}/a.png", "--width=1024", "--height=1024"]
+cli.run(flux_chipmunk.main)
+"""
+    result = subprocess.run([sys.executable, "-c", limited], cwd=HERE, capture_output=True, text=True)
+    *_, last = result.stderr.splitlines()
+    assert result.returncode == 1 and last.startswith("error: out of memory"), result.stderr
+    assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
+
+
+@each_model
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_result_that_is_no_picture_is_not_drawn(call, monkeypatch, tmp_path, name, value):
+    program, steps = PROGRAMS[name], []
+    decoder = "autoencoder" if name == "flux" else "vae"
+    load_part, model = program.load_part, {"flux": "Flux", "wan": "Wan", "hunyuan": "Hunyuan"}[name]
+    forward = getattr(program, model).forward
+
+    def broken_at_2(self, x, t, *args, **kwargs):
+        """One value of one latent is wrong from step 2 on."""
+        v = forward(self, x, t, *args, **kwargs)
+        if t.item() not in steps:
+            steps.append(t.item())
+        if len(steps) == 3:
+            v.flatten()[-1] = value
+        return v
+
+    def load(part, *args):
+        assert part != decoder, "there is nothing to decode"
+        return load_part(part, *args)
+    monkeypatch.setattr(program, "load_part", load)
+    with monkeypatch.context() as m:
+        m.setattr(getattr(program, model), "forward", broken_at_2)
+        for dtype, says in ("float32", "--dense"), ("bfloat16", "--dtype float32"):
+            steps.clear()
+            error = error_of(call(name, out=tmp_path / "a.png", dtype=dtype, **SHORT[name] | {"steps": 9}))
+            assert "step 2 of the transformer gave NaN or infinity" in error and says in error
+            assert len(steps) == 4                                          # it is read one step later, no more
+    encoder = {"flux": text_encoders.CLIPTextEncoder, "wan": text_encoders.T5Encoder,
+               "hunyuan": text_encoders.LlamaEncoder}[name]
+    encode = encoder.forward
+
+    def broken(self, *args):
+        out = encode(self, *args)
+        out = out if name != "flux" else out[1]
+        out.flatten()[-1] = value
+        return out if name != "flux" else (None, out)
+    monkeypatch.setattr(encoder, "forward", broken)
+    if name == "wan":                                                       # its padding is set to 0 afterwards
+        ids, mask = torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool)
+        monkeypatch.setattr(wan_chipmunk, "tokenize", lambda *args: (ids, mask, [0]))
+    error = error_of(call(name, out=tmp_path / "a.png", **SHORT[name]))
+    assert {"flux": "CLIP", "wan": "UMT5", "hunyuan": "Llama"}[name] + " gave NaN or infinity" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_decoder_that_gives_nan_leaves_no_file(tmp_path):
+    frames = torch.zeros(5, 3, 32, 32)
+    frames[3, 0, 0, 0] = math.nan
+    for write in (lambda: media.write_png(tmp_path / "a.png", frames[3], {}),
+                  lambda: media.write_video(tmp_path / "a.mp4", iter(frames), 8, {})):
+        with pytest.raises(cli.Fail, match="--dtype float32"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+
+
+def tensors_by_hand(data):
+    """A safetensors file as its specification says, with numpy alone -> {name: float32 array}"""
+    size = int.from_bytes(data[:8], "little")
+    kinds = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": np.uint16}
+    arrays = {}
+    for name, entry in json.loads(data[8:8 + size]).items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            array = np.frombuffer(data[8 + size + start:8 + size + end], kinds[entry["dtype"]])
+            if entry["dtype"] == "BF16":
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            arrays[name] = array.reshape(entry["shape"]).astype(np.float32)
+    return arrays
+
+
+VALUES = [None, True, 0, 1, -1, 2**31, 2**63, 2**64, 1e300, "", "F32", "F16", "BF16", "F64", "I8", "U8", "F8_E4M3",
+          "C64", "a.safetensors", "../a.safetensors", "/dev/zero", "\ud800", [], [5, 3], [15], [0, 60], [60, 0], {},
+          {"a": "b"}]
+
+
+def mutated_json(rng, value):
+    """One place of a JSON value changed: removed, doubled, or put in place of another."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        changed, key = (dict(value) if isinstance(value, dict) else list(value)), rng.choice(keys)
+        kind = rng.random()
+        if kind < 0.1:
+            del changed[key]
+        elif kind < 0.2 and isinstance(value, dict):
+            changed[rng.choice([*keys, "more", "__metadata__"])] = changed[key]
+        else:
+            changed[key] = mutated_json(rng, value[key])
+        return changed
+    return rng.choice(VALUES)
+
+
+def mutated_bytes(rng, data):
+    """A few bytes changed, cut out or put in, mostly in the header."""
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(max(1, min(len(data), rng.choice([8, 16, 300, 2000]))))
+        new = bytes(rng.choice([0, 1, 34, 44, 48, 57, 91, 123, 125, 127, 128, 255]) for _ in range(rng.randint(0, 3)))
+        data = data[:at] + new + data[at + rng.randint(0, 3):]
+    return data if rng.random() < 0.8 else data[:rng.randrange(len(data) + 1)]
+
+
+def test_damaged_files_are_refused_in_one_line_or_load_what_they_say(tmp_path):
+    """FUZZ=10000 python -m pytest test_all.py -k damaged: more of them"""
+    rng, refused, loaded, sources = random.Random(0), 0, 0, [small_model() for _ in range(2)]
+    file, index = tmp_path / "a.safetensors", tmp_path / "a.safetensors.index.json"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        save_file(sources[0].to(dtype).state_dict(), file)
+        whole = file.read_bytes()
+        size = int.from_bytes(whole[:8], "little")
+        header, body, shards = json.loads(whole[8:8 + size]), whole[8 + size:], {"weight_map": {"0.bias": file.name}}
+        for _ in range(int(os.environ.get("FUZZ", 1500)) // 3):
+            data, kind = whole, rng.randrange(3)
+            index.unlink(missing_ok=True)
+            if kind == 0:
+                text = json.dumps(mutated_json(rng, header)).encode()
+                data = len(text).to_bytes(8, "little") + text + body
+            elif kind == 1:
+                data = mutated_bytes(rng, whole)
+            else:
+                text = json.dumps(mutated_json(rng, shards)).encode()
+                index.write_bytes(text if rng.random() < 0.5 else mutated_bytes(rng, text))
+            file.write_bytes(data)
+            try:
+                files = checkpoints.sharded_files(tmp_path, file.name)
+                model = checkpoints.load_weights(small_model, files, CPU, torch.float32)
+            except cli.Fail as error:
+                assert len(str(error).splitlines()) == 1 and str(tmp_path) in str(error)
+                refused += 1
+            else:
+                want = tensors_by_hand(data)
+                assert model.state_dict().keys() == want.keys()
+                for name, p in model.state_dict().items():
+                    np.testing.assert_array_equal(p.numpy(), want[name])
+                loaded += 1
+    assert refused > loaded > 20
+
+
+def test_what_the_system_says_about_a_file_is_said(call, monkeypatch, tmp_path):
+    folder = tmp_path / "weights"
+    shutil.copytree(HERE / wan_chipmunk.CONFIGS["tiny"].weights, folder)
+    for name in (wan_chipmunk.FILES["wan"], "tokenizer/tokenizer.json"):
+        file, other = folder / name, tmp_path / "other"
+        file.rename(other)
+        file.mkdir()
+        assert f"cannot read {file}: Is a directory" in error_of(call("wan", weights=folder))
+        file.rmdir()
+        other.rename(file)
+        for error in PermissionError(13, "Permission denied"), OSError(24, "Too many open files"), \
+                OSError(116, "Stale file handle"):
+            def refuse(path, *args, error=error, file=file):
+                if Path(path) == file:
+                    raise error
+                return open(path, *args)
+            with monkeypatch.context() as m:
+                m.setattr(checkpoints, "open", refuse, raising=False)
+                assert f"cannot read {file}: {error.strerror}" in error_of(call("wan", weights=folder))
+    def gone(*args, **kwargs):
+        raise OSError("Input/output error (os error 5)")                    # between the check and the load
+    monkeypatch.setattr(checkpoints, "safe_open", gone)
+    assert "safetensors: Input/output error" in error_of(call("wan", weights=folder))
+
+
+@pytest.mark.parametrize("dtype, says", [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3"),
+                                         (torch.bool, "BOOL"), (torch.int64, "I64")])
+def test_tensors_that_are_no_floats_are_refused(tmp_path, dtype, says):
+    save_file({name: p.to(dtype) for name, p in small_model().state_dict().items()}, tmp_path / "a.safetensors")
+    with pytest.raises(cli.Fail, match=f" is {says}, not one of F16, BF16, F32, F64; fetch weights that are not quant"):
+        checkpoints.load_weights(small_model, [tmp_path / "a.safetensors"], CPU, torch.float32)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("out, err, status, says", [
+    ("| head -0", "", 1, ""), ("> /dev/full", "", 1, "error: cannot print what was done: No space left on device"),
+    (">&-", "2> /dev/full", 0, ""), ("", "2>&-", 0, "")])
+def test_the_file_is_written_whatever_becomes_of_the_terminal(tmp_path, out, err, status, says):
+    flags = [f"--prompt={PROMPT}", "--device=cpu", "--out=圆.png", "--width=130", "--height=96", "--steps=1"]
+    line = shlex.join([sys.executable, flux_chipmunk.__file__, *flags])
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONIOENCODING"] = "cp1252"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {line} {err} {out}"], cwd=tmp_path, env=env,
+                            capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (status, False), result.stderr
+    assert says in result.stderr and [file.name for file in tmp_path.iterdir()] == ["圆.png"]
+    assert out != "" or "\\u5706.png: 128x96" in result.stdout
+    Image.open(tmp_path / "圆.png").load()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ulimit -f")
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    script = f"""
+import resource
+from pathlib import Path
+import torch
+import cli, media
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))                     # a real failure of write, as on a full disk
+frames = torch.rand(9, 3, 128, 128)
+for name, new in ("a.png", False), ("a.mp4", False), ("b.mp4", True):
+    try:
+        media.write_video(Path({str(tmp_path)!r}) / name, iter(frames), 8, {{}}, new)
+    except cli.Fail as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
+    assert len(said) == 3 and all(line.startswith("cannot write ") and line.endswith("File too large") for line in said)
+    assert not list(tmp_path.iterdir())
+
+
+PHASES = {"load": ("flux", "checkpoints.safe_open = wait"), "sampling": ("hunyuan", "cli.check_finite = tell"),
+          "encoding": ("wan", "media.to_bytes = wait"),
+          "writing": ("flux", "media.to_image = lambda picture: namedtuple('Image', 'save')(half)")}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path, phase):
+    name, patch = PHASES[phase]
+    out = tmp_path / ("a.png" if name == "flux" else "a.mp4")
+    settings = SHORT[name] | {"steps": 1000 if phase == "sampling" else 1}
+    short = ", ".join(f'"--{key}={value}"' for key, value in settings.items())
+    script = f"""
+import sys, time
+from collections import namedtuple
+import checkpoints, cli, media, {name}_chipmunk as program
+def wait(*args, **kwargs):
+    print("here", flush=True)
+    time.sleep(60)
+def half(file, **kwargs):
+    file.touch()
+    wait()
+def tell(*args, check=cli.check_finite):
+    print("here", flush=True)
+    return check(*args)
+{patch}
+sys.argv = ["program.py", "--prompt=a", "--device=cpu", "--out={out}", {short}]
+cli.run(program.main)
+"""
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    assert run.stdout.readline() == "here\n", run.stderr.read()
+    interrupt(run, tmp_path)
+
+
+def interrupt(run, folder):
+    """Ctrl-C to a process that is where it should be."""
+    start = time.monotonic()
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate()
+    assert run.returncode == 130 and time.monotonic() - start < 10
+    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors and not list(folder.iterdir())
+
+
+STAT = "anon 3000000000\n{0}inactive_file 2500000000\n{0}active_file 500000000\n{0}unevictable 0\n"
+GROUPS = [                                                                  # files of a machine, and what is free
+    ({}, math.inf),
+    ({"proc/self/cgroup": "0::/\n"}, math.inf),                             # version 2, not in a container
+    ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, math.inf),
+    ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "8000000000\n",
+      "sys/fs/cgroup/memory.current": "7500000000\n", "sys/fs/cgroup/memory.stat": STAT.format("")}, 3.5e9),
+    ({"proc/self/cgroup": "0::/job/step\n", "sys/fs/cgroup/job/step/memory.max": "max\n",        # a batch system's
+      "sys/fs/cgroup/job/memory.max": "8000000000\n", "sys/fs/cgroup/job/memory.current": "4000000000\n",
+      "sys/fs/cgroup/job/memory.stat": STAT.format("")}, 7e9),
+    ({"proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/docker/12ab\n0::/docker/12ab\n",           # version 1, container
+      "sys/fs/cgroup/memory/memory.limit_in_bytes": "8000000000\n",
+      "sys/fs/cgroup/memory/memory.usage_in_bytes": "7500000000\n",
+      "sys/fs/cgroup/memory/memory.stat": STAT.format("") + STAT.format("total_")}, 3.5e9)]
+
+
+@pytest.mark.parametrize("files, free", GROUPS)
+def test_what_a_container_still_allows(monkeypatch, tmp_path, files, free):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert checkpoints.cgroup_memory(tmp_path) == free
+    monkeypatch.setattr(checkpoints, "cgroup_memory", lambda: free)
+    assert checkpoints.free_memory(CPU) == pytest.approx(min(free, psutil.virtual_memory().available), rel=0.2)
+    assert 0 < checkpoints.free_memory(CPU) < math.inf
+
+
+def test_a_full_gpu_is_not_absent(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(cli.Fail, match="cuda:1 is full"):
+        cli.pick_device("cuda:1")
+
+
+@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("mlp_keep", [0.0, 0.3])
+@each_model
+def test_caches_need_what_was_estimated(name, delta, mlp_keep):
+    sparsity = Sparsity(attn_keep=0.2, attn_random=0.02, mlp_keep=mlp_keep, measure=(1,), delta=delta, dense_layers=1)
+    grid = GRID[name] if name == "wan" else ODD_GRID[name]                  # an edge of incomplete voxels may keep more
+    _, state = run_steps(name, sparsity, grid, 9, 3)
+    tokens = {"flux": (9, 9 * 17), "wan": (1, 4 * 8 * 8), "hunyuan": (5 * 6 * 9, 9)}[name]
+    used = sum(checkpoints.remembered_bytes(layer) for layer in state.layers if layer) + state.hidden.nbytes
+    used *= 2 if name == "wan" else 1                                       # both texts
+    assert used <= PROGRAMS[name].cache_bytes(SMALL[name], sparsity, *tokens, torch.float32) <= 1.01 * used
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hugging Face cache with Wan's embedded weights as owner/tiny, and a network that accepts and never answers.
+    -> the folder of its files, and the list of connections that were made"""
+    import socket
+    import threading
+
+    import huggingface_hub.constants
+    repository = tmp_path / "hub/models--owner--tiny"
+    folder = repository / "snapshots/0123"
+    shutil.copytree(HERE / wan_chipmunk.CONFIGS["tiny"].weights, folder)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123")
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def accept():
+            while True:
+                try:
+                    connections.append(server.accept()[0])
+                except OSError:                                             # closed
+                    return
+        threading.Thread(target=accept, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield folder, connections
+
+
+def test_what_is_cached_needs_no_network(call, hub, tmp_path):
+    folder, connections = hub
+    assert call("wan", weights="owner/tiny", out=tmp_path / "a.png", **SHORT["wan"])[0] == 0
+    file = folder / wan_chipmunk.FILES["wan"]                               # likewise in shards
+    part = file.with_name("part-1-of-1.safetensors")
+    file.rename(part)
+    Path(f"{file}.index.json").write_text(json.dumps({"weight_map": {"a": part.name}}))
+    assert call("wan", weights="owner/tiny", out=tmp_path / "b.png", **SHORT["wan"])[0] == 0
+    assert (tmp_path / "a.png").read_bytes() != b"" and not connections
+
+
+@pytest.mark.parametrize("missing", ["transformer/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"])
+def test_offline_names_the_file_and_the_switch(call, monkeypatch, hub, missing):
+    import huggingface_hub.constants
+    folder, connections = hub
+    (folder / missing).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    error = error_of(call("wan", weights="owner/tiny", **SHORT["wan"]))
+    assert f"{missing} of owner/tiny is not in the cache, and HF_HUB_OFFLINE is set" in error and not connections
+
+
+@pytest.mark.parametrize("weights", ["./flx", "../flx", "/flx", "flx", "a/b/c", "~/flx", "a\\flx"])
+def test_a_mistyped_folder_is_not_sent_to_the_hub(call, hub, weights):
+    assert f"no folder {weights}; " in error_of(call("flux", weights=weights)) and not hub[1]
+
+
+@pytest.mark.parametrize("weights", ["a--b/c", "a/b..c", "a/b.git", "a/" + "b" * 200])
+def test_a_name_that_the_hub_forbids_ends_in_one_line(call, hub, weights):
+    assert f"downloading {weights} failed" in error_of(call("wan", weights=weights)) and not hub[1]
+
+
+def test_ctrl_c_ends_a_download(hub, tmp_path):
+    folder, connections = hub
+    (folder / "tokenizer/tokenizer.json").unlink()
+    out = tmp_path / "out"
+    out.mkdir()
+    run = start("wan", "--weights=owner/tiny", cwd=out)
+    while not connections:
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    interrupt(run, out)
+
+
+@pytest.mark.parametrize("prompt, cleaned", [
+    ("a cafÃ© â€” â€œredâ€\x9d", 'a café — "red"'), ("l&amp;#39;Ã©t&eacute;", "l'été"),
+    ("&amp;lt;b&amp;gt; &lt;i&gt;", "<b> <i>"),
+    ("  a\u3000red\r\n\tcircle ", "a red circle"), ("ｆｕｌｌ　ｗｉｄｔｈ，ﬁ", "full width,fi"), ("cafe\u0301", "café"),
+    ("\u201cquoted\u201d it\u2019s", "\"quoted\" it's"), ("plain", "plain")])
+def test_wan_cleans_prompts_as_the_original(diffusers, prompt, cleaned):
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+    assert wan_chipmunk.clean(prompt) == cleaned == prompt_clean(prompt)
+
+
+@pytest.mark.parametrize("frames, kind", [(1, "image"), (5, "video")])
+def test_hunyuan_reads_a_single_frames_prompt_as_an_images(monkeypatch, frames, kind):
+    real = hunyuan_chipmunk.CONFIGS["720p"]
+    tiny = replace(hunyuan_chipmunk.CONFIGS["tiny"], image_template=real.image_template, image_crop=real.image_crop,
+                   template=real.template, crop=real.crop)
+    read, tokenize = [], hunyuan_chipmunk.tokenize
+
+    def spy(tokenizer, prompts, length, pad_id):
+        read.append((prompts[0], length))
+        return tokenize(tokenizer, prompts, length, pad_id)
+    monkeypatch.setattr(hunyuan_chipmunk, "tokenize", spy)
+    monkeypatch.setitem(hunyuan_chipmunk.CONFIGS, "tiny", tiny)
+    hunyuan_chipmunk.generate(PROMPT, device="cpu", **SHORT["hunyuan"] | {"frames": frames, "steps": 1})
+    (text, length), (clip_text, _) = read
+    assert f"Describe the {kind} by" in text and PROMPT in text and clip_text == PROMPT
+    assert length == tiny.text_length + {"image": 36, "video": 95}[kind]
+
+
+def test_no_more_than_everything_is_recomputed(call, tmp_path):
+    short = {"out": tmp_path / "a.png", "steps": 3, "width": 64, "height": 64, "attn_keys": 1, "mlp_keys": 1}
+    status, printed, _ = call("flux", **short, **SPARSE)
+    assert status == 0 and "recomputed 100.0% of attention columns and 100.0% of MLP columns; took " in printed
+    assert "more operations than --dense" in printed and "-" not in printed.split("took ")[1].split("%")[0]
+    assert cli.work_line(0.25, 0.5) == "recomputed 25.0% of attention columns; saved 50.0% of the operations"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ({"measure_steps": "1,3", "skip_steps": "2,3"}, "note: --skip-steps 3: no effect, as these steps measure"),
+    ({"dense": None, "attn_keys": 0.5, "mlp_keys": 0.5}, "note: --attn-keys, --mlp-keys: no effect with --dense"),
+    ({"measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""), ({"skip_steps": "video"}, "")])
+def test_flags_without_effect_are_said(call, tmp_path, flags, says):
+    given = {key: value for key, value in flags.items() if value is not None}
+    status, _, notes = call("flux", *[f"--{key}" for key in flags.keys() - given.keys()], out=tmp_path / "a.png",
+                            **SHORT["flux"], **given)
+    assert status == 0 and len(notes) == (says != "") and "".join(notes).startswith(says)
+
+
+@pytest.mark.parametrize("capability, dtype, dense, works", [
+    ((7, 5), "bfloat16", False, False), ((7, 0), "float32", False, False), ((6, 1), "bfloat16", True, False),
+    ((7, 5), "float32", True, True), ((8, 0), "bfloat16", False, True), ((12, 0), "bfloat16", False, True)])
+def test_old_gpus_are_told_what_works(monkeypatch, capability, dtype, dense, works):
+    monkeypatch.setattr(cli, "pick_device", torch.device)                   # there is none here
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    settings = cli.Settings(device="cuda", dtype=dtype, dense=dense)
+    if works:
+        assert cli.fill(settings, flux_chipmunk.CONFIGS).device.type == "cuda"
+    else:
+        with pytest.raises(cli.Fail, match="--dense --dtype float32 works"):
+            cli.fill(settings, flux_chipmunk.CONFIGS)
+
+
+COMPILE = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+import sparse_kernels as sk
+
+
+class NoGPU:                                                                # to compile for one, none is needed
+    def get_current_device(self):
+        return arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", arch, 32)
+
+
+def compile_only(kernel, *args, grid, warmup, run=JITFunction.run, **kwargs):
+    compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+    print(arch, kernel.__name__, compiled.metadata.shared)
+
+
+def empty(*shape, dtype=getattr(torch, sys.argv[2])):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+driver.set_active(NoGPU())
+JITFunction.run = compile_only
+q, lse, static = empty(1, 24, 4096, 128), empty(1, 24, 4096, dtype=torch.float32), empty(4096, dtype=torch.bool)
+columns, counts = empty(1, 24, 32, 704, dtype=torch.int32), empty(1, 24, 32, dtype=torch.int32)
+x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
+for arch in map(int, sys.argv[1].split(",")):
+    sk.attention_triton(q, q, q)
+    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "split")
+    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "add")
+    if q.dtype == torch.bfloat16:                                           # float32 takes five times as long
+        _, _, mass = sk.attention_with_column_mass_triton(q, q, q, lse)
+        sk.choose_columns_triton(mass, 0.1, 0.01, static, 0, 512)
+        delta = sk.sparse_mlp_fc1_triton(x, w1, empty(12288), columns[:, 0], counts[:, 0], act)
+        sk.sparse_mlp_fc2_triton(delta, w1, columns[:, 0], counts[:, 0], x)
+"""
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}              # KB that a block may use
+TOO_MUCH = pytest.mark.xfail(strict=True, raises=AssertionError, reason="attention in float32 wants 104 KB")
+
+
+@pytest.mark.skipif(sk.triton is None, reason="no Triton")
+@pytest.mark.parametrize("dtype, archs", [
+    ("bfloat16", [*SHARED]), pytest.param("float32", [86], marks=TOO_MUCH)])
+def test_every_kernel_compiles_for_every_gpu_and_fits(tmp_path, dtype, archs):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE, ",".join(map(str, archs)), dtype], cwd=HERE,
+                            capture_output=True, text=True, env=env | {"TRITON_CACHE_DIR": str(tmp_path)})
+    if result.returncode:
+        raise RuntimeError(result.stderr)                                   # an xfail expects AssertionError alone
+    kernels = {name for name in vars(sk) if name.endswith("_kernel")}
+    compiled = {}
+    for line in result.stdout.splitlines():
+        arch, kernel, shared = line.split()
+        compiled.setdefault(int(arch), set()).add(kernel)
+        assert int(shared) <= SHARED[int(arch)] * 1024, line
+    assert compiled == {arch: kernels for arch in archs} or dtype == "float32"
+
+
+def in_layout(state, layout):
+    """Parameters as the tensors of another layout. -> {name: tensor}"""
+    tensors = {}
+    for name, p in state.items():
+        pieces = layout(name, tuple(p.shape))
+        if "[" in pieces[0][0]:                                             # its second half, then its first
+            tensors[pieces[0][0].partition("[")[0]] = torch.cat(p.chunk(2)[::-1])
+        else:
+            rows = p.split([shape[0] for _, shape in pieces])
+            tensors |= {full: part.reshape(shape).contiguous() for (full, shape), part in zip(pieces, rows)}
+    return tensors
+
+
+@pytest.mark.parametrize("checkpoint", PUBLISHED["diffusers"])
+def test_diffusers_layout_has_the_published_names_and_shapes(checkpoint):
+    entry = PUBLISHED["diffusers"][checkpoint]
+    published = {full: shape for name, shape in entry["shapes"].items() for full in expand(name)}
+    assert len(published) == entry["tensors"] and sum(map(math.prod, published.values())) == entry["parameters"]
+    for words in entry["ours"]:
+        _, model, part = words.split()
+        layout = flux_chipmunk.transformer_layout if part == "flux" else flux_chipmunk.autoencoder_layout(4)
+        with torch.device("meta"):
+            module = flux_chipmunk.parts(flux_chipmunk.CONFIGS[model])[part]()
+        pieces = [piece for name, p in module.state_dict().items() for piece in layout(name, tuple(p.shape))]
+        assert {name.partition("[")[0]: list(shape) for name, shape in pieces} == published
+
+
+@pytest.mark.parametrize("config", [FLUX, replace(FLUX, dim=256, axes=(16, 56, 56), guidance=False)])
+def test_a_transformer_in_diffusers_layout_loads_as_diffusers_converts_it(diffusers, tmp_path, config):
+    ours, file = random_model("flux", config, CPU), tmp_path / "a.safetensors"
+    theirs = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=config.channels, num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks, attention_head_dim=config.dim // config.heads,
+        num_attention_heads=config.heads, joint_attention_dim=config.text_dim,
+        pooled_projection_dim=config.pooled_dim, guidance_embeds=config.guidance, axes_dims_rope=config.axes)
+    load_flux_weights(theirs, ours, config.dim)
+    save_file(theirs.state_dict(), file)
+
+    def loaded():
+        return checkpoints.load_weights(lambda: flux_chipmunk.Flux(config), [file], CPU, torch.float32,
+                                        layout=flux_chipmunk.transformer_layout).state_dict()
+    assert all(torch.equal(p, ours.state_dict()[name]) for name, p in loaded().items())
+    single, double = "single_transformer_blocks.1.attn.to_k.bias", "transformer_blocks.9.attn.to_q.weight"
+    for changed, says in (
+            ({"norm_out.linear.weight": None}, "lacks the tensor norm_out.linear.weight"),
+            ({single: None}, f"lacks the tensor {single}"), ({double: torch.zeros(1)}, f"a tensor {double} too many"),
+            ({"transformer_blocks.0.attn.to_q.bias": torch.zeros(config.dim - 1),
+              "transformer_blocks.0.attn.to_k.bias": torch.zeros(config.dim + 1)}, f"not [{config.dim}]")):
+        tensors = {name: p for name, p in (theirs.state_dict() | changed).items() if p is not None}
+        save_file(tensors, file)
+        with pytest.raises(cli.Fail, match=re.escape(says)):
+            loaded()
+
+
+def test_an_autoencoder_in_diffusers_layout_loads_as_diffusers_converts_it(diffusers, tmp_path):
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    config = flux_chipmunk.AutoencoderConfig(channels=32, multipliers=(1, 2, 2), blocks=2, z=4)
+    ours = randomise(flux_chipmunk.Autoencoder(config))
+    levels = {"down_block_types": range(3), "up_block_types": range(3)}
+    theirs = convert_ldm_vae_checkpoint(ours.state_dict(), levels)
+    save_file({name: p.contiguous() for name, p in theirs.items()}, tmp_path / "a.safetensors")
+    loaded = checkpoints.load_weights(lambda: flux_chipmunk.Autoencoder(config), [tmp_path / "a.safetensors"], CPU,
+                                      torch.float32, layout=flux_chipmunk.autoencoder_layout(3))
+    assert all(torch.equal(p, ours.state_dict()[name]) for name, p in loaded.state_dict().items())
+
+
+def test_weights_as_people_have_them_draw_the_same_picture(call, tmp_path):
+    config = flux_chipmunk.CONFIGS["tiny"]
+    (name,), (vae,) = config.files["flux"], config.files["autoencoder"]
+    folder = tmp_path / "weights"
+    shutil.copytree(HERE / config.weights, folder)
+    parts = load((folder / name).read_bytes()), load((folder / vae).read_bytes())
+
+    def picture():
+        status, _, errors = call("flux", weights=folder, out=tmp_path / "a.png", **SHORT["flux"])
+        assert status == 0, errors
+        return np.asarray(Image.open(tmp_path / "a.png"))
+    want = picture()
+    prefix = "model.diffusion_model."
+    save_file({prefix + key: p for key, p in parts[0].items()}, folder / name)
+    assert np.array_equal(picture(), want)
+    first = next(iter(parts[0]))
+    save_file({key if key == first else prefix + key: p for key, p in parts[0].items()}, folder / name)
+    assert "is not this model's" in error_of(call("flux", weights=folder))
+
+    (folder / name).unlink()
+    (folder / vae).unlink()
+    layouts = flux_chipmunk.transformer_layout, flux_chipmunk.autoencoder_layout(len(config.autoencoder.multipliers))
+    for file, state, layout in zip(flux_chipmunk.DIFFUSERS_FILES.values(), parts, layouts):
+        (folder / file).parent.mkdir()
+        tensors = list(in_layout(state, layout).items())
+        shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": dict(tensors[i::2]) for i in range(2)}
+        for shard, part in shards.items():
+            save_file(part, (folder / file).with_name(shard))
+        weight_map = {key: shard for shard, part in shards.items() for key in part}
+        Path(f"{folder / file}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert np.array_equal(picture(), want)
+
+
+def test_quantised_files_are_recognised(call, tmp_path):
+    config = flux_chipmunk.CONFIGS["tiny"]
+    folder, (name,) = tmp_path / "weights", config.files["flux"]
+    shutil.copytree(HERE / config.weights, folder)
+    tensors = load((folder / name).read_bytes())
+    scaled = {key: p.to(torch.float8_e4m3fn) if p.ndim > 1 else p for key, p in tensors.items()}
+    scaled |= {f"{key.removesuffix('weight')}scale_weight": torch.ones(1) for key, p in tensors.items() if p.ndim > 1}
+    save_file(scaled | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, folder / name)
+    assert "F8_E4M3, not one of F16" in error_of(call("flux", weights=folder))
+    (folder / name).write_bytes(b"GGUF" + bytes(4096))
+    assert f"{name} is a GGUF file, quantised" in error_of(call("flux", weights=folder))
+    gguf = tmp_path / "flux1-dev-Q4_K_S.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(4096))
+    assert "gguf is quantised and not supported" in error_of(call("flux", weights=gguf))
+    assert f"{name} is a file; --weights wants a folder" in error_of(call("flux", weights=folder / name))

@@ -263,14 +263,17 @@ def load_clip_tokenizer(folder):
     """
     CLIP's byte-level BPE as a Tokenizer, from vocab.json and merges.txt in folder: lower case, white space only
     separates, every word ends in </w>, <|startoftext|> and <|endoftext|> stand around the prompt.
-    Source: simple_tokenizer.py of OpenAI's CLIP, without its repair of broken Unicode and HTML, as on the Hub.
+    Source: simple_tokenizer.py of OpenAI's CLIP, without its repair of broken Unicode and HTML, and with control
+    characters dropped and every Chinese character a word: as the CLIPTokenizer of transformers 4, which the original
+    models were run with.
     """
     start, end = "<|startoftext|>", "<|endoftext|>"
     # A word is an English ending, a run of letters, one digit, or a run of anything else but white space.
     words = r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges), unk_token=end, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    clean = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False)
+    tokenizer.normalizer = normalizers.Sequence([clean, normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(words), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.add_special_tokens([start, end])

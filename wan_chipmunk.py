@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import ftfy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -536,10 +537,10 @@ def make_noise(z, frames, height, width, seed):
 def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None):
     """UniPC from noise x (B, z, t, h, w) to latents. texts: of the prompt and of the negative prompt,
     (B, L, text_dim) each, and states: a ModelState for each. plan: an iterable of Step; dense without plan and states.
-    -> (B, z, t, h, w)"""
+    Raises Fail at NaN or infinity, a step later. -> (B, z, t, h, w)"""
     sigmas, timesteps = schedule
     states = states or (None, None)
-    past, before = [], None                                          # the last two predictions of the video
+    past, before, checked = [], None, None                           # past: the last two predictions of the video
     for i, step in enumerate(plan or [None] * len(timesteps)):
         t = x.new_full((x.shape[0],), timesteps[i].item())           # (B,)
         v, v_negative = (model(x, t, text, layout, state, step) for text, state in zip(texts, states))
@@ -549,6 +550,8 @@ def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None):
         past, before = [*past[-1:], video], x
         last = i + 1 == len(timesteps)                               # the last step is of order 1
         x = unipc(x, i, sigmas, past[-1:] if last else past)
+        checked = cli.check_finite(x, f"step {i} of the transformer", texts[0].dtype, checked)
+    checked()                                                        # waits for the device
     return x
 
 # ---------------------------------------------------------------------------------------------------------
@@ -586,7 +589,9 @@ def render(prompt, settings, compare=False):
     check(prompt, settings, folder, math.prod(grid))
 
     prompts = [prompt, settings.negative_prompt]
-    texts = encode_prompts(prompts, config, folder, device, dtype).split(1)                      # (1, L, text_dim) each
+    texts = encode_prompts(prompts, config, folder, device, dtype)                               # (2, L, text_dim)
+    cli.check_finite(texts, "UMT5", dtype)()
+    texts = texts.split(1)                                                                       # (1, L, text_dim) each
     layout = make_layout(config.wan, grid, config.window, device)
     noise = make_noise(config.wan.channels, t, 2 * h, 2 * w, settings.seed).to(device)           # (1, z, t, 2h, 2w)
     schedule = make_schedule(settings.steps, config.shift)
@@ -602,9 +607,8 @@ def render(prompt, settings, compare=False):
             first_steps = until_sparse(plan)
             sample(wan, noise, texts, settings.guidance, schedule, layout, first_steps, make_states(sparsity))
         start, states = time.perf_counter(), make_states(sparsity)
-        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False)
+        steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(wan, noise, texts, settings.guidance, schedule, layout, steps, states)        # (1, z, t, 2h, 2w)
-        x.sum().item()                                               # wait for the device
         seconds = time.perf_counter() - start
         attn, saved = work_done(config.wan, math.prod(grid), config.text_length, plan, states)
         results.append((x, Report(seconds, attn, saved)))
@@ -636,8 +640,8 @@ def check(prompt, settings, folder, tokens):
 
 
 def clean(prompt):
-    """HTML entities (twice, as the original does) and white space; the original repairs broken Unicode, too."""
-    return " ".join(html.unescape(html.unescape(prompt)).split())
+    """Broken Unicode repaired, then HTML entities (twice), then white space: in the original's order."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 def encode_prompts(prompts, config, folder, device, dtype):
@@ -666,11 +670,12 @@ def load_part(part, config, folder, device, dtype):
 
 
 def cache_bytes(config, sparsity, window, tokens, dtype):
-    """What Chipmunk remembers for both texts: in each layer the attention's rest and every group's list of columns."""
-    list_length = min(tokens, (sparsity.attn_keep + sparsity.attn_random) * tokens + window**3 * GROUP)
-    rest = config.dim * dtype.itemsize                               # bytes a token
-    lists = 4 * config.heads * list_length / GROUP
-    return int(2 * (config.layers - sparsity.dense_layers) * tokens * (rest + lists))
+    """What Chipmunk remembers for both texts: in each layer the attention's rest and the lists of columns; and what
+    enters the final layer (float32)."""
+    static_most = min(tokens, window**3 * GROUP)
+    head_dim = config.dim // config.heads
+    layer = checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, static_most, dtype)
+    return 2 * ((config.layers - sparsity.dense_layers) * layer + tokens * config.dim * 4)
 
 
 def work_done(config, tokens, text_length, plan, states):
@@ -697,7 +702,9 @@ def main():
     parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
     parser.add_argument("--negative-prompt", help="what to keep away from (default: the model's)")
     args, settings = cli.parse(parser, CONFIGS)
-    out = media.check_out(args.out, "wan", (".mp4", ".png") if settings.frames > 1 else (".png",))
+    suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
+    out = args.out or Path("wan" + suffixes[0])
+    media.check_out(out, suffixes)
 
     start = time.perf_counter()
     videos, reports = zip(*render(args.prompt, settings, args.compare))
@@ -705,14 +712,13 @@ def main():
     if args.compare:
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
         video = torch.cat([dense, ours], dim=3)
-    media.write_video(out, video, settings.fps, cli.describe(args, settings))
-    print(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
-          f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
+    out = media.write_video(out, video, settings.fps, cli.describe(args, settings), new=args.out is None)
+    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
+            f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
     if settings.sparsity:
-        report = reports[-1]
-        print(f"recomputed {report.attn:.1%} of attention columns; saved {report.saved:.1%} of the operations")
+        cli.say(cli.work_line(reports[-1].attn, reports[-1].saved))
     if args.compare:
-        print(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
+        cli.say(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
 
 
 if __name__ == "__main__":

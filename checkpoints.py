@@ -296,7 +296,7 @@ def layer_bytes(sparsity, heads, head_dim, rows, columns, static_most, dtype, ml
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
     static, dim = empty(columns, dtype=torch.bool), heads * head_dim
-    layer = LayerState(sparsity, static, static_most, 0, empty(()), empty(()))
+    layer = LayerState(sparsity, static, static_most, columns, 0, empty(()), empty(()))
     q, k = empty(1, heads, rows, head_dim), empty(1, heads, columns, head_dim)
     for step in Step(0, "dense", "dense"), Step(1, "measure", "dense"), Step(2, "sparse", "choose"):
         chipmunk_attention(q, k, k, layer, step)

@@ -2296,7 +2296,7 @@ def test_a_full_gpu_is_not_absent(monkeypatch):
         cli.pick_device("cuda:1")
 
 
-@pytest.mark.parametrize("delta", ["mass", "paper"])
+@pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
 @pytest.mark.parametrize("mlp_keep", [0.0, 0.3])
 @each_model
 def test_caches_need_what_was_estimated(name, delta, mlp_keep):

@@ -19,6 +19,9 @@ import torch
 from cache import SKIP_PRESETS, Sparsity, fit_steps, make_plan, skip_preset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DELTAS = ("pooled", "mass", "paper")
+RANGES = {"width": (int, 64, 2048), "height": (int, 64, 2048), "frames": (int, 1, 1001), "fps": (int, 1, 120),
+          "steps": (int, 1, 1000), "guidance": (float, 0, 100), "seed": (int, 0, 2**63 - 1)}
 
 # ---------------------------------------------------------------------------------------------------------
 # errors
@@ -150,11 +153,15 @@ class Settings:
 
 def fill(settings, configs):
     """Settings with every value there: the model's own values, sizes in multiples of 16, a device that exists.
-    Raises Fail for a model, device or dtype that does not exist, and for a size that cannot be."""
+    Raises Fail for a model, device or dtype that does not exist, and for a number that cannot be."""
     if settings.model not in configs:
         raise Fail(f"no model {settings.model!r}; choose from {', '.join(configs)}")
     config = configs[settings.model]
     given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for name, (kind, low, high) in RANGES.items():
+        value = given[name]
+        if value is not None and not (isinstance(value, int | kind) and low <= value <= high):
+            raise Fail(f"{name} {value!r} is not {range_words(kind, low, high)}")
     own = {name: getattr(config, name, None) for name, value in given.items() if value is None and name != "weights"}
     settings = replace(settings, **own)
 
@@ -166,19 +173,39 @@ def fill(settings, configs):
         sparsity = None
     elif given["sparsity"] is None:
         sparsity = fit_steps(sparsity, settings.steps, config.steps)
-    elif isinstance(sparsity.skip, str):
-        sparsity = replace(sparsity, skip=skip_preset(sparsity.skip, settings.steps))
-    if min(settings.width, settings.height, settings.steps) < 1:
-        raise Fail(f"{settings.width}x{settings.height} pixels in {settings.steps} steps: each must be at least 1")
+    else:
+        if isinstance(sparsity.skip, str):
+            sparsity = replace(sparsity, skip=skip_preset(sparsity.skip, settings.steps))
+        check_sparsity(sparsity, settings.steps)
     device = pick_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     small = settings.model == "tiny" and device.type == "cpu"
     dtype = settings.dtype or ("float32" if small else "bfloat16")
-    if dtype not in DTYPES:
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in DTYPES.values():
         raise Fail(f"no dtype {dtype!r} to compute in; choose from {', '.join(DTYPES)}")
     if device.type == "cuda":
         check_capability(torch.cuda.get_device_capability(device), dtype, sparsity)
     return replace(settings, width=round_size("width", settings.width), height=round_size("height", settings.height),
-                   sparsity=sparsity, device=device, dtype=DTYPES[dtype])
+                   sparsity=sparsity, device=device, dtype=dtype)
+
+
+def check_sparsity(sparsity, steps):
+    """Raises Fail for what no run of `steps` can do."""
+    if sparsity.delta not in DELTAS:
+        raise Fail(f"no delta {sparsity.delta!r}; choose from {', '.join(DELTAS)}")
+    for name in ("attn_keep", "attn_random", "mlp_keep", "mlp_random"):
+        if not 0 <= getattr(sparsity, name) <= 1:
+            raise Fail(f"{name} {getattr(sparsity, name)} is not {range_words(float, 0, 1)}")
+    if 0 in sparsity.skip:
+        raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
+    measure = () if isinstance(sparsity.measure, int) else sparsity.measure
+    last = max((*measure, *sparsity.skip), default=0)
+    if last >= steps:
+        raise Fail(f"no step {last} to measure at or to skip: this run has the steps 0 to {steps - 1}")
+
+
+def range_words(kind, low, high):
+    return f"a {'whole ' if kind is int else ''}number from {low} to {high}"
 
 
 def round_size(name, pixels, multiple=16):
@@ -209,7 +236,7 @@ def pick_device(text):
 
 def check_capability(capability, dtype, sparsity):
     """Raises Fail for a GPU before Ampere, like T4 (7, 5), unless it runs what it can: float32 without kernels."""
-    if capability < (8, 0) and (dtype == "bfloat16" or sparsity):
+    if capability < (8, 0) and (dtype == torch.bfloat16 or sparsity):
         raise Fail(f"this GPU (compute capability {capability[0]}.{capability[1]}) has no bfloat16, and Chipmunk's "
                    "kernels need 8.0; --dense --dtype float32 works, or --device cpu")
 
@@ -240,8 +267,7 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {range_words(kind, low, high)}")
         return value
     return parse
 
@@ -278,15 +304,15 @@ def make_parser(doc, configs, video=False):
     add("--model", choices=list(configs), default="tiny",
         help="tiny: trained weights that come with this repository; others are downloaded (default: tiny)")
     add("--weights", metavar="DIR_OR_REPO", help="take the weights from this folder or Hugging Face repository instead")
-    add("--width", type=number(int, 64, 2048), help="pixels, rounded to a multiple of 16 (default: the model's)")
-    add("--height", type=number(int, 64, 2048), help="likewise")
+    add("--width", type=number(*RANGES["width"]), help="pixels, rounded to a multiple of 16 (default: the model's)")
+    add("--height", type=number(*RANGES["height"]), help="likewise")
     if video:
-        add("--frames", type=number(int, 1, 1001),
+        add("--frames", type=number(*RANGES["frames"]),
             help="the video's length, 4 n + 1; 1 makes a picture (default: the model's)")
-        add("--fps", type=number(int, 1, 120), help="frames per second (default: the model's)")
-    add("--steps", type=number(int, 1, 1000), help="denoising steps (default: the model's)")
-    add("--guidance", type=number(float, 0, 100), help="how strictly to follow the prompt (default: the model's)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same machine: same file (default: 0)")
+        add("--fps", type=number(*RANGES["fps"]), help="frames per second (default: the model's)")
+    add("--steps", type=number(*RANGES["steps"]), help="denoising steps (default: the model's)")
+    add("--guidance", type=number(*RANGES["guidance"]), help="how strictly to follow the prompt (default: the model's)")
+    add("--seed", type=number(*RANGES["seed"]), default=0, help="same seed, same machine: same file (default: 0)")
     kinds = " (.mp4; .png: every fourth frame side by side)" if video else ""
     add("--out", type=Path, help=f"file to write{kinds}, replaced if it is there (default: a new name in this folder)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -298,7 +324,7 @@ def make_parser(doc, configs, video=False):
     add("--dense", action="store_true", help="recompute everything at every step: the plain model")
     add("--compare", action="store_true",
         help="dense and Chipmunk from the same noise, side by side, with PSNR, SSIM and both times")
-    add("--delta", choices=["pooled", "mass", "paper"], help="how the remembered part of attention is added (cache.py)")
+    add("--delta", choices=DELTAS, help="how the remembered part of attention is added (cache.py)")
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
         help="attention columns recomputed at a sparse step, 0 to 1")
     add("--measure-steps", type=measure_steps, metavar="N|LIST",
@@ -330,11 +356,6 @@ def parse(parser, configs):
 def chosen_sparsity(args, preset, steps, made_for):
     """The preset, which lists steps of a run of `made_for`, for a run of `steps`, changed as the flags say.
     Raises Fail if they list a step that the run does not have."""
-    for flag, chosen in ("--measure-steps", args.measure_steps), ("--skip-steps", args.skip_steps):
-        if isinstance(chosen, tuple) and max(chosen) >= steps:
-            raise Fail(f"{flag} {max(chosen)}: this run has the steps 0 to {steps - 1}")
-    if isinstance(args.skip_steps, tuple) and 0 in args.skip_steps:
-        raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
     skip = args.skip_steps
     if isinstance(skip, str):
         skip = skip_preset(skip, steps)
@@ -342,7 +363,9 @@ def chosen_sparsity(args, preset, steps, made_for):
     if "mlp_keys" in args:                                           # FLUX alone has this flag
         changes["mlp_keep"] = args.mlp_keys
     changes = {name: value for name, value in changes.items() if value is not None}
-    return replace(fit_steps(preset, steps, made_for), **changes)
+    sparsity = replace(fit_steps(preset, steps, made_for), **changes)
+    check_sparsity(sparsity, steps)
+    return sparsity
 
 
 def note_idle_flags(args, plan):

@@ -2247,16 +2247,24 @@ sys.argv = ["program.py", "--prompt=a", "--device=cpu", "--out={out}", {short}]
 cli.run(program.main)
 """
     run = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           text=True)
+                           text=True, preexec_fn=listen)
     assert run.stdout.readline() == "here\n", run.stderr.read()
     interrupt(run, tmp_path)
+
+
+def listen():
+    """For a new process: a shell's background jobs ignore Ctrl-C, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupt(run, folder):
     """Ctrl-C to a process that is where it should be."""
     start = time.monotonic()
     run.send_signal(signal.SIGINT)
-    _, errors = run.communicate()
+    try:
+        _, errors = run.communicate(timeout=30)
+    finally:
+        run.kill()
     assert run.returncode == 130 and time.monotonic() - start < 10
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors and not list(folder.iterdir())
 
@@ -2375,7 +2383,7 @@ def test_ctrl_c_ends_a_download(hub, tmp_path):
     (folder / "tokenizer/tokenizer.json").unlink()
     out = tmp_path / "out"
     out.mkdir()
-    run = start("wan", "--weights=owner/tiny", cwd=out)
+    run = start("wan", "--weights=owner/tiny", cwd=out, preexec_fn=listen)
     while not connections:
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.01)

@@ -243,6 +243,11 @@ def _attention_constants(q: Tensor, k: Tensor, v: Tensor) -> dict:
     return dict(BLOCK_M=GROUP, BLOCK_N=block_n, D=D, LOG2E=LOG2E, WIDE_OFFSETS=wide)
 
 
+def _stages(q: Tensor) -> int:
+    """How many tiles of columns are on their way at once: in float32 a third does not fit into 99 KB (RTX cards)."""
+    return 2 if q.dtype == torch.float32 else 3
+
+
 def attention_triton(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     _check_operands(q, k, v)
     B, H, Nq, D = q.shape
@@ -251,7 +256,7 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     # 8 warps, 3 stages: fastest on an H200 at D = 128
     _attention_kernel[(triton.cdiv(Nq, GROUP), B * H)](
         q, k, v, o, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, Nq, k.shape[2], LOG2E / math.sqrt(D),
-        **_attention_constants(q, k, v), num_warps=8, num_stages=3)
+        **_attention_constants(q, k, v), num_warps=8, num_stages=_stages(q))
     return o, lse
 
 
@@ -812,7 +817,7 @@ def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Ten
         base, base_lse, result, result_lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base.stride()[:3], H, Nq, columns.shape[-1], M,
         LOG2E / math.sqrt(D), TINY_REST=TINY_REST, EPILOGUE=epilogue, **_attention_constants(q, k, v),
-        num_warps=8, num_stages=3)
+        num_warps=8, num_stages=_stages(q))
     return result, result_lse
 
 

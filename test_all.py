@@ -1748,10 +1748,10 @@ def test_videos_are_written_whole_and_can_be_read(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone can fill the memory that it hands out")
 def test_an_mp4_does_not_depend_on_what_was_in_memory(tmp_path):
-    program = """import sys, torch, media
+    program = """import pathlib, sys, torch, media
     picture = torch.rand(3, 64, 112, generator=torch.Generator().manual_seed(0))
     frames = [picture[:, :, 2 * i:96 + 2 * i] for i in range(5)]
-    media.write_video(media.Path(sys.argv[1]), iter(frames), 8, {})""".replace("\n    ", "\n")
+    media.write_video(pathlib.Path(sys.argv[1]), iter(frames), 8, {})""".replace("\n    ", "\n")
     files = []
     for fill in ("1", "170"):                                               # the byte that new memory is filled with
         files.append(tmp_path / f"{fill}.mp4")

@@ -1,7 +1,7 @@
 """Makes the tables of the README.
 
     python bench.py score      does FLUX.1's tiny model draw what the prompt says, dense and with Chipmunk
-                               (--captions 40 or --preset, which leaves out all but the model's preset, is sooner)
+                               (sooner with --captions 20, or with --preset for the model's preset alone)
     python bench.py speed      how long the steps of FLUX.1-dev take, dense and with Chipmunk (on a GPU)
     python bench.py kernels    how fast the kernels are on this GPU, against the framework's fastest dense ones
 

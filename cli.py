@@ -116,7 +116,7 @@ def run(main):
     try:
         main()
     except Fail as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).splitlines())}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -154,8 +154,10 @@ class Settings:
 def fill(settings, configs):
     """Settings with every value there: the model's own values, sizes in multiples of 16, a device that exists.
     Raises Fail for a model, device or dtype that does not exist, and for a number that cannot be."""
-    if settings.model not in configs:
+    if settings.model not in list(configs):
         raise Fail(f"no model {settings.model!r}; choose from {', '.join(configs)}")
+    if settings.weights is not None and not str(settings.weights):
+        raise Fail("--weights is empty; it wants a folder, or a Hugging Face repository like owner/name")
     config = configs[settings.model]
     given = {field.name: getattr(settings, field.name) for field in fields(settings)}
     for name, (kind, low, high) in RANGES.items():
@@ -174,10 +176,13 @@ def fill(settings, configs):
     elif given["sparsity"] is None:
         sparsity = fit_steps(sparsity, settings.steps, config.steps)
     else:
-        if isinstance(sparsity.skip, str):
+        if isinstance(sparsity, Sparsity) and sparsity.skip in SKIP_PRESETS:
             sparsity = replace(sparsity, skip=skip_preset(sparsity.skip, settings.steps))
         check_sparsity(sparsity, settings.steps)
-    device = pick_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = settings.device
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     small = settings.model == "tiny" and device.type == "cpu"
     dtype = settings.dtype or ("float32" if small else "bfloat16")
     dtype = DTYPES.get(dtype, dtype)
@@ -191,6 +196,15 @@ def fill(settings, configs):
 
 def check_sparsity(sparsity, steps):
     """Raises Fail for what no run of `steps` can do."""
+    if not isinstance(sparsity, Sparsity):
+        raise Fail(f"sparsity {sparsity!r} is not a cache.Sparsity")
+    for name in ("measure", "skip"):
+        steps_named = getattr(sparsity, name)
+        if not isinstance(steps_named, tuple | int) or name == "skip" and isinstance(steps_named, int):
+            raise Fail(f"{name} {steps_named!r} is no tuple of step numbers like (1, 2, 4)")
+    every = sparsity.measure if isinstance(sparsity.measure, int) else 1
+    if min(every, sparsity.mlp_reuse) < 1:
+        raise Fail(f"measure {every} and mlp_reuse {sparsity.mlp_reuse} count steps: each must be at least 1")
     if sparsity.delta not in DELTAS:
         raise Fail(f"no delta {sparsity.delta!r}; choose from {', '.join(DELTAS)}")
     for name in ("attn_keep", "attn_random", "mlp_keep", "mlp_random"):
@@ -221,7 +235,7 @@ def pick_device(text):
     try:
         device = torch.device(text)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         if out_of_memory(error):
             raise Fail(f"{text} is full; end what else runs there, or try another --device") from None
         device = None
@@ -243,6 +257,9 @@ def check_capability(capability, dtype, sparsity):
 
 def check_prompt(prompt, negative_prompt=None):
     """Raises Fail if there is nothing to draw, or text that no tokenizer can read."""
+    for text in (prompt, negative_prompt):
+        if not isinstance(text, str | None):
+            raise Fail(f"the prompt {text!r} is not text")
     if not (prompt or "").strip():
         raise Fail('no prompt; say what to draw: --prompt "a red circle on a blue background"')
     try:
@@ -377,7 +394,7 @@ def note_idle_flags(args, plan):
     elif isinstance(args.skip_steps, tuple):
         computed = [str(i) for i in args.skip_steps if not plan[i].skip]
         if computed:
-            note(f"--skip-steps {','.join(computed)}: no effect, as these steps measure (--show-plan shows them)")
+            note(f"--skip-steps {','.join(computed)}: no effect, as these steps are computed in full (--show-plan)")
 
 
 def show_plan(plan):

@@ -2427,7 +2427,7 @@ def test_no_more_than_everything_is_recomputed(call, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ({"measure_steps": "1,3", "skip_steps": "2,3"}, "note: --skip-steps 3: no effect, as these steps measure"),
+    ({"measure_steps": "1,3", "skip_steps": "2,3"}, "note: --skip-steps 3: no effect, as these steps are computed"),
     ({"dense": None, "attn_keys": 0.5, "mlp_keys": 0.5}, "note: --attn-keys, --mlp-keys: no effect with --dense"),
     ({"measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""), ({"skip_steps": "video"}, "")])
 def test_flags_without_effect_are_said(call, tmp_path, flags, says):

@@ -20,6 +20,7 @@ import json
 import math
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -408,16 +409,20 @@ def save(module, file):
 
 def train(recipe, folder, work, device):
     """Run every stage of a recipe. The weights go into folder as half-precision safetensors, laid out as the model's
-    repository."""
+    repository, when all are trained; until then they are in work / "weights"."""
     config = recipe.program.CONFIGS["tiny"]
-    files = {part: folder / file for part, file in recipe.files.items()}
-    work.mkdir(parents=True, exist_ok=True)
+    written = work / "weights"
+    files = {part: written / file for part, file in recipe.files.items()}
+    try:
+        written.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cli.Fail(f"--work {work}: {error.strerror}; choose another folder") from None
     torch.manual_seed(0)
     rng = random.Random(0)
     most = max(stage.scenes for stage in recipe.stages)
     scenes = [recipe.make_scene(rng) for _ in tqdm(range(most), "scenes", mininterval=2)]
     captions = [scene.caption for scene in scenes]
-    read = recipe.make_reader(folder, captions[:20_000], config)
+    read = recipe.make_reader(written, captions[:20_000], config)
     tokens, empty = ([i.to(device) for i in read(prompts)] for prompts in (captions, [""]))          # (n, L), (1, L)
 
     autoencoder, painters = make_autoencoder(recipe, config).to(device), make_painters(recipe, config).to(device)
@@ -437,6 +442,7 @@ def train(recipe, folder, work, device):
         seconds += run_stage(stage, painters, loss, work, device)
         for part in recipe.painters:
             save(painters[part], files[part])
+    shutil.copytree(written, folder, dirs_exist_ok=True)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{folder}: trained in {seconds / 60:.1f} minutes on {where}, torch {torch.__version__}")
 

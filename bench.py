@@ -2,11 +2,13 @@
 
     python bench.py score      does FLUX.1's tiny model draw what the prompt says, dense and with Chipmunk
                                (sooner with --captions 20, or with --preset for the model's preset alone)
+    python bench.py caching    what it costs to skip steps and compute the others densely: what sparse steps must beat
     python bench.py speed      how long the steps of FLUX.1-dev take, dense and with Chipmunk (on a GPU)
     python bench.py kernels    how fast the kernels are on this GPU, against the framework's fastest dense ones
 
-score and speed take --model wan and --model hunyuan as well. score draws captions whose combination of colour, shape
-and relation or motion was held out of training, and looks for what they ask for in the pixels (scenes.py).
+All but kernels take --model wan and --model hunyuan as well. score and caching draw captions whose combination of
+colour, shape and relation or motion was held out of training; score looks for what they ask for in the pixels
+(scenes.py).
 """
 import argparse
 import random
@@ -27,8 +29,8 @@ import flux_chipmunk
 import hunyuan_chipmunk
 import media
 import wan_chipmunk
-from cache import columns_to_mask, fit_steps, make_plan, make_state
-from scenes import check, check_videos, make_moving_scene, make_scene, shape_masks, turned_shapes
+from cache import Sparsity, columns_to_mask, fit_steps, make_plan, make_state
+from scenes import check, check_videos, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, add_columns, attention, attention_triton, attention_with_column_mass,
                             choose_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
 
@@ -157,14 +159,19 @@ def variants_to_score(config, original_measure, preset_alone):
     return variants
 
 
+def prepare(args):
+    """-> the tiny model's Config, the device, held-out scenes, and batches and generate for their captions (above)."""
+    program, draw_with = DRAW[args.model]
+    config, device = program.CONFIGS["tiny"], cli.pick_device(args.device)
+    rng, make = random.Random(2506), make_scene if args.model == "flux" else make_moving_scene
+    scenes = [make(rng, train=False, plain=True) for _ in range(args.captions)]
+    return config, device, scenes, *draw_with([scene.caption for scene in scenes], config, device)
+
+
 @torch.no_grad()
 def score(args):
-    program, draw_with = DRAW[args.model]
-    config, device, moving = program.CONFIGS["tiny"], cli.pick_device(args.device), program is not flux_chipmunk
-    rng, make = random.Random(2506), make_moving_scene if moving else make_scene
-    scenes = [make(rng, train=False, plain=True) for _ in range(args.captions)]
-    batches, generate = draw_with([scene.caption for scene in scenes], config, device)
-    known = turned_shapes(device) if moving else shape_masks(device)
+    config, device, scenes, batches, generate = prepare(args)
+    moving, known = args.model != "flux", turned_shapes(device)
     original_measure = wan_chipmunk.WAN_SPARSITY.measure if moving else 10
     variants = variants_to_score(config, original_measure, args.preset)
 
@@ -196,6 +203,44 @@ def score(args):
             quality = f"{mean(psnrs):.2f} dB", f"{mean(ssims):.4f}"
         print_row(name, f"{things / asked:.1%}", f"{related / max(1, relations):.1%}",
                   f"{background / args.captions:.1%}", *quality)
+    print(f"\n({where(device)}, float32)")
+
+# ---------------------------------------------------------------------------------------------------------
+# caching: every layer dense, and some steps skipped
+
+
+def skipping_plans(steps, speedup):
+    """Ways to compute only `steps` / `speedup` steps: the first few, then one of every so many.
+    -> {(first, every): the steps skipped}"""
+    plans = {}
+    for every in 2, 3, 4, 5, 6, 8:
+        for first in range(1, steps):
+            skipped = tuple(i for i in range(first, steps) if (i - first + 1) % every)
+            if steps - len(skipped) == round(steps / speedup):
+                plans[first, every] = skipped
+                break
+    return plans
+
+
+@torch.no_grad()
+def caching(args):
+    config, device, _, batches, generate = prepare(args)
+    plans = {(speedup, *plan): skipped for speedup in (1.5, 2.0, 2.2, 2.5, 2.75, 3.5)
+             for plan, skipped in skipping_plans(config.steps, speedup).items()}
+    psnrs = {plan: [] for plan in plans}
+    for batch in tqdm(batches, "batches of captions"):
+        dense = generate(batch, None)                                # (B, 3, H, W) or (B, 3, T, H, W)
+        for plan, skipped in plans.items():
+            drawn = generate(batch, Sparsity(dense_layers=1_000, measure=(), skip=skipped))      # all layers dense
+            for pair in zip(dense, drawn):
+                psnrs[plan].append(media.psnr(*pair))
+    print_header(f"{args.model} tiny, {args.captions} captions, {config.steps} steps, all dense, some skipped",
+                 "best plan", "PSNR to dense", "other plans: first, every")
+    for speedup in sorted({plan[0] for plan in plans}):
+        ranked = sorted(((mean(psnrs[plan]), *plan[1:]) for plan in plans if plan[0] == speedup), reverse=True)
+        best, first, every = ranked[0]
+        others = [f"{first}, {every}: {value:.1f}" for value, first, every in ranked[1:]]
+        print_row(f"{speedup}x", f"the first {first}, then one of every {every}", f"{best:.1f} dB", "; ".join(others))
     print(f"\n({where(device)}, float32)")
 
 # ---------------------------------------------------------------------------------------------------------
@@ -432,13 +477,14 @@ def kernels(args):
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["score", "speed", "kernels"])
-    parser.add_argument("--model", choices=list(DRAW), default="flux", help="of score and speed (default: flux)")
-    parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200, help="of score (default: 200)")
+    parser.add_argument("table", choices=["score", "caching", "speed", "kernels"])
+    parser.add_argument("--model", choices=list(DRAW), default="flux", help="of all but kernels (default: flux)")
+    parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200,
+                        help="of score and caching (default: 200)")
     parser.add_argument("--preset", action="store_true", help="of score: dense and the model's preset alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"score": score, "speed": speed, "kernels": kernels}[args.table](args)
+    {"score": score, "caching": caching, "speed": speed, "kernels": kernels}[args.table](args)
 
 
 if __name__ == "__main__":

@@ -103,11 +103,11 @@ HUNYUAN_SPARSITY = Sparsity(attn_keep=0.05, attn_random=0.01, mlp_keep=0.0, mlp_
 CONFIGS = {
     "tiny": Config(
         weights=Path(__file__).parent / "weights/hunyuan-tiny",
-        hunyuan=HunyuanConfig(z=16, text_dim=96, pooled_dim=64, dim=192, heads=3, ff=384, dual_blocks=2,
-                              single_blocks=6, refiner_blocks=1, axes=(16, 24, 24)),
-        vae=VAEConfig(channels=24, multipliers=(1, 2, 2, 2), blocks=1, z=16,
+        hunyuan=HunyuanConfig(z=16, text_dim=96, pooled_dim=64, dim=256, heads=4, ff=512, dual_blocks=1,
+                              single_blocks=4, refiner_blocks=1, axes=(16, 24, 24)),
+        vae=VAEConfig(channels=16, multipliers=(1, 2, 3, 2), blocks=1, z=16,
                       groups=2, scale=1.0),                          # 8 groups hardly let a background's colour pass
-        llama=LlamaConfig(vocab=512, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
+        llama=LlamaConfig(vocab=256, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
         template="<|start_header_id|>{}<|eot_id|>", crop=2,          # <|begin_of_text|> and <|start_header_id|>
         image_template="<|start_header_id|>{}<|eot_id|>", image_crop=2,
@@ -424,11 +424,16 @@ def unpatchify(x, grid):
 class CausalConv(nn.Module):
     def __init__(self, inputs, outputs, size=3, stride=1):
         super().__init__()
-        self.padding = (size // 2,) * 4 + (size - 1, 0)              # x and y on both sides, time at the front only
+        self.size = size
         self.conv = nn.Conv3d(inputs, outputs, size, stride)
 
     def forward(self, x):
-        return self.conv(F.pad(x, self.padding, mode="replicate"))
+        """x (B, C, t, h, w): repeats x's border on both sides of y and x, and before the first frame."""
+        side = self.size // 2
+        for dim, before, after in (2, 2 * side, 0), (3, side, side), (4, side, side):
+            start, end = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+            x = torch.cat([start] * before + [x] + [end] * after, dim=dim)       # F.pad would be slow to train through
+        return self.conv(x)
 
 
 class ResnetBlock(nn.Module):

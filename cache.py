@@ -114,7 +114,7 @@ class LayerState:
     sparsity: Sparsity
     static: torch.Tensor             # (Nk,) or (G, Nk) bool: attention columns always kept
     static_most: int                 # of them, the most in any group
-    pooled_columns: int              # delta="pooled": blocks of the first so many columns have means; static others
+    pooled_columns: int              # how many columns, from the first, the blocks of delta="pooled" cover
     seed: int
     attn_work: torch.Tensor          # () attentions so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
@@ -140,7 +140,8 @@ class ModelState:
 
 def make_state(layers, sparsity, static, seed, pooled_columns=None):
     """A fresh ModelState for a model of `layers` blocks; None without a sparsity: nothing is remembered.
-    static (Nk,) or (G, Nk) bool: columns always kept. pooled_columns: without those at the end that are all static."""
+    static (Nk,) or (G, Nk) bool: columns always kept. pooled_columns: how many columns, from the first, the blocks of
+    delta="pooled" cover; None: all. Columns behind them must be static."""
     if sparsity is None:
         return None
     most, states = int(static.sum(-1).max()), [None] * min(sparsity.dense_layers, layers)
@@ -162,14 +163,15 @@ def chipmunk_attention(q, k, v, layer_state, step):
         s.attn_work += 1
     elif step.attn == "measure":
         o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
-        n = s.pooled_columns
         if sparsity.delta == "pooled":                               # a column counts for what its block's mean misses
+            n = s.pooled_columns
             mean = block_means(v, n).repeat_interleave(POOL, 2)[:, :, :n]        # (B, H, n, D)
             mass[..., :n] *= (v[:, :, :n] - mean).norm(dim=-1)[:, :, None]       # (B, H, G, n)
         s.columns, s.counts = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step),
                                              s.static_most)
+        if sparsity.delta == "pooled":
+            s.unlisted = count_unlisted(s.columns, s.counts, s.pooled_columns)   # (B, H, G, M)
         lse = s.lse if sparsity.delta == "mass" else None
-        s.unlisted = count_unlisted(s.columns, s.counts, n) if sparsity.delta == "pooled" else None
         s.o_rest, s.lse_rest = split_off_columns(q, k, v, s.columns, s.counts, o, lse, pool(k, v, s))
         s.attn_work += 1 + _share(s.counts, k.shape[2], s.unlisted)
     else:
@@ -198,11 +200,11 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
         out = F.linear(act, w2, b2)                                              # (B, N, C)
         if sparsity.mlp_keep:
             s.act, s.out = act.mT.contiguous(), out
-            s.pre = F.linear(block_means(x, rows, GROUP), w1, b1)                             # (B, G, F)
+            s.pre = F.linear(block_means(x, rows, GROUP), w1, b1)                # (B, G, F)
         s.mlp_work += rows
         return out
     if step.mlp == "choose":
-        pre = F.linear(block_means(x, rows, GROUP), w1, b1)                                   # (B, G, F)
+        pre = F.linear(block_means(x, rows, GROUP), w1, b1)                      # (B, G, F)
         moved = (pre - s.pre).abs()[:, None]                                     # (B, 1, G, F)
         columns, counts = choose_columns(moved, sparsity.mlp_keep, sparsity.mlp_random, None, _seed(s, step))
         s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]                # (B, G, K), (B, G)

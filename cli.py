@@ -185,7 +185,8 @@ def fill(settings, configs):
     device = pick_device(device)
     small = settings.model == "tiny" and device.type == "cpu"
     dtype = settings.dtype or ("float32" if small else "bfloat16")
-    dtype = DTYPES.get(dtype, dtype)
+    if isinstance(dtype, str):
+        dtype = DTYPES.get(dtype, dtype)
     if dtype not in DTYPES.values():
         raise Fail(f"no dtype {dtype!r} to compute in; choose from {', '.join(DTYPES)}")
     if device.type == "cuda":
@@ -198,10 +199,9 @@ def check_sparsity(sparsity, steps):
     """Raises Fail for what no run of `steps` can do."""
     if not isinstance(sparsity, Sparsity):
         raise Fail(f"sparsity {sparsity!r} is not a cache.Sparsity")
-    for name in ("measure", "skip"):
-        steps_named = getattr(sparsity, name)
-        if not isinstance(steps_named, tuple | int) or name == "skip" and isinstance(steps_named, int):
-            raise Fail(f"{name} {steps_named!r} is no tuple of step numbers like (1, 2, 4)")
+    for name, kind in ("measure", tuple | int), ("skip", tuple):
+        if not isinstance(getattr(sparsity, name), kind):
+            raise Fail(f"{name} {getattr(sparsity, name)!r} is no tuple of step numbers like (1, 2, 4)")
     every = sparsity.measure if isinstance(sparsity.measure, int) else 1
     if min(every, sparsity.mlp_reuse) < 1:
         raise Fail(f"measure {every} and mlp_reuse {sparsity.mlp_reuse} count steps: each must be at least 1")
@@ -335,8 +335,7 @@ def make_parser(doc, configs, video=False):
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="default: bfloat16; float32 for tiny on a CPU")
 
-    title = "Chipmunk", "what to recompute, and when (defaults: the model's preset)"
-    chipmunk = parser.add_argument_group(*title)
+    chipmunk = parser.add_argument_group("Chipmunk", "what to recompute, and when (defaults: the model's preset)")
     add = chipmunk.add_argument
     add("--dense", action="store_true", help="recompute everything at every step: the plain model")
     add("--compare", action="store_true",

@@ -715,7 +715,6 @@ def part_files(part, config, folder):
     return checkpoints.sharded_files(folder, theirs), layout
 
 
-
 def cache_bytes(config, sparsity, n_text, n_image, dtype):
     """What Chipmunk remembers for n_text and n_image tokens: in each layer the attention's rest and, with deltas, the
     MLP's activations and output; and what enters the final layer."""

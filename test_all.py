@@ -44,7 +44,8 @@ import sparse_kernels as sk
 import text_encoders
 import train_tiny
 import wan_chipmunk
-from cache import VIDEO_SKIPS, Sparsity, columns_to_mask, fit_steps, make_plan, make_state, skip_preset
+from cache import (VIDEO_SKIPS, Sparsity, chipmunk_attention, columns_to_mask, fit_steps, make_plan, make_state,
+                   skip_preset)
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
 
@@ -755,6 +756,29 @@ def test_nothing_changed_equals_dense(name, grid, text_length, delta):
     sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=4, delta=delta, dense_layers=1)
     for dense, ours in run_steps(name, sparsity, grid, text_length, steps=6, change=False)[0]:
         assert_near(ours, dense)
+
+
+def test_pooled_keeps_what_means_miss_and_follows_the_rest():
+    sparsity = Sparsity(attn_keep=1 / 256, delta="pooled", measure=(1,), dense_layers=0)
+    dense, measure, sparse = make_plan(3, sparsity)
+    static = torch.zeros(256, dtype=torch.bool, device=DEVICE)              # none
+    layer = make_state(1, sparsity, static, seed=0).layers[0]
+
+    def alike():
+        """Rows that are alike within blocks of POOL."""
+        return torch.randn(1, 2, 256 // sk.POOL, 32, device=DEVICE).repeat_interleave(sk.POOL, 2)
+    q, k, v = torch.randn(1, 2, 128, 32, device=DEVICE), alike(), alike()
+    v[:, :, 70] += 9                                                        # the one that its block's mean misses
+    for step in dense, measure:
+        chipmunk_attention(q, k, v, layer, step)
+    assert (layer.counts == 1).all() and (layer.columns[..., 0] == 70).all()
+
+    v[:, :, 70] = v[:, :, 71]                                               # now means miss nothing
+    chipmunk_attention(q, k, v, layer, measure)
+    o = F.scaled_dot_product_attention(q, k, v)
+    assert layer.o_rest.norm() < 1e-5 * o.norm()
+    q, k, v = torch.randn_like(q), alike(), alike()                         # so all may change, and nothing is lost
+    assert_near(chipmunk_attention(q, k, v, layer, sparse), F.scaled_dot_product_attention(q, k, v))
 
 
 @each_model

@@ -1437,6 +1437,13 @@ def call(monkeypatch, capsys):
     return run
 
 
+def failing(error):
+    """A function that raises it, whatever it is given."""
+    def fail(*args, **kwargs):
+        raise error
+    return fail
+
+
 def error_of(outcome):
     """The one line that a command line ended in."""
     status, _, errors = outcome
@@ -1710,10 +1717,7 @@ def test_hub_problems_end_in_one_line(call, monkeypatch, problem, says):
     kind = OSError if problem == "OSError" else getattr(huggingface_hub.errors, problem)
     error = kind.__new__(kind)                                              # their constructors want a web response
     Exception.__init__(error, "the hub said no")
-
-    def no(*args, **kwargs):
-        raise error
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(error))
     monkeypatch.setattr(checkpoints, "free_memory", lambda device: math.inf)            # dev is larger than most CPUs'
     outcome = call("flux", model="dev")
     assert says in error_of(outcome) and len(outcome[2]) == 1
@@ -1721,11 +1725,6 @@ def test_hub_problems_end_in_one_line(call, monkeypatch, problem, says):
 
 @each_model
 def test_too_little_memory_a_full_disk_and_ctrl_c_leave_nothing_behind(call, monkeypatch, tmp_path, name):
-    def raises(error):
-        def refuse(*args, **kwargs):
-            raise error
-        return refuse
-
     def outcome():
         result = call(name, out=tmp_path / "a.png", **SHORT[name])
         assert result[0] != 0 and not list(tmp_path.iterdir())
@@ -1737,13 +1736,13 @@ def test_too_little_memory_a_full_disk_and_ctrl_c_leave_nothing_behind(call, mon
         m.setattr(checkpoints, "free_memory", lambda device: weights + 1e4)             # the caches need more
         assert "GB free, but this needs" in error_of(outcome()) and "--dense" in error_of(outcome())
     with monkeypatch.context() as m:
-        m.setattr(Path, "touch", raises(PermissionError(13, "Permission denied")))
+        m.setattr(Path, "touch", failing(PermissionError(13, "Permission denied")))
         assert "cannot be written" in error_of(outcome())
     with monkeypatch.context() as m:
-        m.setattr(Image.Image, "save", raises(OSError(28, "No space left on device")))
+        m.setattr(Image.Image, "save", failing(OSError(28, "No space left on device")))
         assert "No space left" in error_of(outcome())
     with monkeypatch.context() as m:
-        m.setattr(program, "sample", raises(KeyboardInterrupt()))
+        m.setattr(program, "sample", failing(KeyboardInterrupt()))
         assert outcome()[2][-1] == "interrupted"
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1988,7 +1987,6 @@ OUT_OF_MEMORY = [
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other call"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("Triton Error [CUDA]: out of memory"),
-    RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built."),
     RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
                  "to allocate 36000000000 bytes. Error code 12 (Cannot allocate memory)"),
@@ -2002,11 +2000,9 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
 def test_out_of_memory_is_understood_in_every_wording(call, monkeypatch, tmp_path, error):
-    def refuse(*args, **kwargs):
-        raise error
     for owner, name in (flux_chipmunk, "sample"), (checkpoints, "safe_open"):
         with monkeypatch.context() as m:
-            m.setattr(owner, name, refuse)
+            m.setattr(owner, name, failing(error))
             outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
         assert "out of memory" in error_of(outcome) and "--dense" in error_of(outcome)
         assert len(outcome[2]) == 1 and not list(tmp_path.iterdir())
@@ -2018,6 +2014,30 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     for error in RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(28, "No space left on device"), \
             RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"):
         assert not cli.out_of_memory(error)
+
+
+NO_KERNEL = ["cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built.",
+             "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.",
+             "cuDNN Frontend error: No valid engine configs for Matmul_MUL_Reduction_SUB_EXP_Reduction_LOG_ADD_DIV_",
+             "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "FlashAttention only supports Ampere GPUs or newer."]
+
+
+@pytest.mark.parametrize("said", NO_KERNEL)
+def test_where_one_attention_has_no_kernel_the_next_is_tried(call, monkeypatch, tmp_path, said):
+    unable, able = failing(RuntimeError(f"{said}\n{{}}")), sk.attention_ref
+    operands = inputs(130, 61, 16)
+    o, lse = able(*operands)
+    for run in sk._first_able, torch.compile(lambda _, *rest: sk._first_able([able, unable], *rest), backend="eager",
+                                             fullgraph=True):
+        for got, want in zip(run([unable, unable, able], *operands), (o, lse), strict=True):
+            assert torch.equal(got, want)
+    for error in torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: misaligned address"):
+        with pytest.raises(type(error), match=str(error)):                  # nothing that another one would mend
+            sk._first_able([failing(error), able], *operands)
+    monkeypatch.setattr(flux_chipmunk, "sample", lambda *args: sk._first_able([unable, unable], *operands))
+    outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
+    assert f"({said})" in error_of(outcome) and "--dtype float32" in error_of(outcome)
+    assert len(outcome[2]) == 1 and "memory" not in error_of(outcome) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
@@ -2197,9 +2217,8 @@ def test_what_the_system_says_about_a_file_is_said(call, monkeypatch, tmp_path):
             with monkeypatch.context() as m:
                 m.setattr(checkpoints, "open", refuse, raising=False)
                 assert f"cannot read {file}: {error.strerror}" in error_of(call("wan", weights=folder))
-    def gone(*args, **kwargs):
-        raise OSError("Input/output error (os error 5)")                    # between the check and the load
-    monkeypatch.setattr(checkpoints, "safe_open", gone)
+    gone = OSError("Input/output error (os error 5)")                       # between the check and the load
+    monkeypatch.setattr(checkpoints, "safe_open", failing(gone))
     assert "safetensors: Input/output error" in error_of(call("wan", weights=folder))
 
 
@@ -2325,9 +2344,7 @@ def test_what_a_container_still_allows(monkeypatch, tmp_path, files, free):
 
 
 def test_a_full_gpu_is_not_absent(monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-    monkeypatch.setattr(torch, "empty", full)
+    monkeypatch.setattr(torch, "empty", failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.")))
     with pytest.raises(cli.Fail, match="cuda:1 is full"):
         cli.pick_device("cuda:1")
 

@@ -8,6 +8,10 @@
 score and speed take --model wan and --model hunyuan as well. score draws captions whose combination of colour, shape
 and relation or motion was held out of training, and looks for what they ask for in the pixels (scenes.py).
 """
+import interrupt
+if __name__ == "__main__":
+    interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
+
 import argparse
 import random
 import re

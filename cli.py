@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from cache import SKIP_PRESETS, Sparsity, fit_steps, make_plan, skip_preset
+from interrupt import at_ctrl_c
 from sparse_kernels import NO_KERNEL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,6 +116,7 @@ def run(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is None:                                           # closed; progress bars want one
         sys.stderr = open(os.devnull, "w")
+    at_ctrl_c(signal.default_int_handler)
     try:
         main()
     except Fail as error:

@@ -2316,6 +2316,22 @@ def interrupt(run, folder):
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors and not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("name", ["flux_chipmunk", "wan_chipmunk", "hunyuan_chipmunk", "bench", "train_tiny"])
+@pytest.mark.parametrize("heard", [True, False], ids=["heard", "ignored"])
+def test_ctrl_c_ends_a_program_while_it_imports_torch(tmp_path, name, heard):
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "torch.py").write_text("print('here', flush=True); input(); raise SystemExit(3)")
+    run = subprocess.Popen([sys.executable, HERE / f"{name}.py"], cwd=out, env=os.environ | {"PYTHONPATH": tmp_path},
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=listen if heard else lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert run.stdout.readline() == "here\n", run.stderr.read()
+    if heard:
+        return interrupt(run, out)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate("\n") == ("", "") and run.returncode == 3
+
+
 STAT = "anon 3000000000\n{0}inactive_file 2500000000\n{0}active_file 500000000\n{0}unevictable 0\n"
 GROUPS = [                                                                  # files of a machine, and what is free
     ({}, math.inf),

@@ -14,6 +14,10 @@ goes on from its last checkpoint:
                        learns v_empty + g (v_prompt - v_empty) of the frozen model of stage 2, for g from 1 up
                        (Wan2.1 computes that sum at every step of sampling instead)
 """
+import interrupt
+if __name__ == "__main__":
+    interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
+
 import argparse
 import copy
 import json

@@ -40,7 +40,7 @@ BATCH = 20                     # pictures or videos drawn at a time
 
 
 def print_row(*cells):
-    print(f"| {' | '.join(cells)} |", flush=True)
+    cli.say(f"| {' | '.join(cells)} |")
 
 
 def print_header(*cells):
@@ -200,7 +200,7 @@ def score(args):
             quality = f"{mean(psnrs):.2f} dB", f"{mean(ssims):.4f}"
         print_row(name, f"{things / asked:.1%}", f"{related / max(1, relations):.1%}",
                   f"{background / args.captions:.1%}", *quality)
-    print(f"\n({where(device)}, float32)")
+    cli.say(f"\n({where(device)}, float32)")
 
 # ---------------------------------------------------------------------------------------------------------
 # speed: the real models' transformers with random weights, which take about as long as trained ones
@@ -311,7 +311,7 @@ def speed_table(stem, name, config, device):
     print_row(f"**all {config.steps}, dense**", "", *(f"{t:.1f} s" for t in dense_totals))
     print_row(f"**all {config.steps}, Chipmunk**", "",
               *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense_totals, totals)))
-    print(f"\n({where(device)}, bfloat16, random weights)")
+    cli.say(f"\n({where(device)}, bfloat16, random weights)")
 
 # ---------------------------------------------------------------------------------------------------------
 # kernels
@@ -430,8 +430,8 @@ def kernels(args):
     for case in ATTENTION_CASES:
         attention_rows(*case)
     mlp_rows()
-    print(f"\n({where(torch.device('cuda'))}, triton {triton.__version__}, bfloat16, random data, "
-          "medians of CUDA graph replays)")
+    cli.say(f"\n({where(torch.device('cuda'))}, triton {triton.__version__}, bfloat16, random data, "
+            "medians of CUDA graph replays)")
 
 
 def main():

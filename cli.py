@@ -102,7 +102,7 @@ def say(text):
         raise
     except OSError as error:
         forget_stdout()
-        raise Fail(f"cannot print what was done: {error.strerror}") from None
+        raise Fail(f"cannot print to stdout: {error.strerror}") from None
 
 
 def forget_stdout():
@@ -281,6 +281,9 @@ def check_prompt(prompt, negative_prompt=None):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message}; see --help\n")
+
+    def print_help(self, file=None):                                 # argparse's hides that it cannot
+        say(self.format_help())
 
 
 def number(kind, low, high):

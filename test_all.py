@@ -2232,7 +2232,7 @@ def test_tensors_that_are_no_floats_are_refused(tmp_path, dtype, says):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 @pytest.mark.parametrize("out, err, status, says", [
-    ("| head -0", "", 1, ""), ("> /dev/full", "", 1, "error: cannot print what was done: No space left on device"),
+    ("| head -0", "", 1, ""), ("> /dev/full", "", 1, "error: cannot print to stdout: No space left on device"),
     (">&-", "2> /dev/full", 0, ""), ("", "2>&-", 0, "")])
 def test_the_file_is_written_whatever_becomes_of_the_terminal(tmp_path, out, err, status, says):
     flags = [f"--prompt={PROMPT}", "--device=cpu", "--out=圆.png", "--width=130", "--height=96", "--steps=1"]
@@ -2245,6 +2245,16 @@ def test_the_file_is_written_whatever_becomes_of_the_terminal(tmp_path, out, err
     assert says in result.stderr and [file.name for file in tmp_path.iterdir()] == ["圆.png"]
     assert out != "" or "\\u5706.png: 128x96" in result.stdout
     Image.open(tmp_path / "圆.png").load()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("command", [
+    ["flux_chipmunk.py", "--help"], ["wan_chipmunk.py", "--show-plan"], ["train_tiny.py", "--help"],
+    ["-c", "import bench, cli; cli.run(lambda: bench.print_row('a'))"]], ids=" ".join)
+def test_what_cannot_be_printed_is_an_error(command):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, *command], cwd=HERE, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "error: cannot print to stdout: No space left on device\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="ulimit -f")

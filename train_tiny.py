@@ -448,7 +448,7 @@ def train(recipe, folder, work, device):
             save(painters[part], files[part])
     shutil.copytree(written, folder, dirs_exist_ok=True)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{folder}: trained in {seconds / 60:.1f} minutes on {where}, torch {torch.__version__}")
+    cli.say(f"{folder}: trained in {seconds / 60:.1f} minutes on {where}, torch {torch.__version__}")
 
 
 def main():

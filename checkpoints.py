@@ -89,6 +89,22 @@ def cannot_read(file, error):
     return error if out_of_memory(error) else Fail(f"cannot read {file}: {error.strerror or reason(error)}")
 
 
+def reach_hub(repository, name):
+    """Raises Fail if nothing answers when the Hugging Face Hub is asked for this file; hf_hub_download asks for 23 s to
+    minutes. What the Hub answers does not matter here."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, name), timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 5)))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        pass
+    except Exception as error:                                       # what it is depends on huggingface-hub's version
+        if out_of_memory(error):
+            raise
+        raise Fail(f"cannot reach the Hugging Face Hub to download {name} of {repository} ({reason(error)}); "
+                   "check the network, or give a folder with --weights") from None
+
+
 def download(repository, names):
     """weight_files for a Hugging Face repository like owner/name."""
     if not is_repository(repository):
@@ -98,6 +114,7 @@ def download(repository, names):
                                         RepositoryNotFoundError)
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()                                    # its retries would bury the one line below
+    reach_hub(repository, next(name for name in names if not cached_files(repository, [name])))
     files = []
     for name in names:
         try:

@@ -1717,6 +1717,7 @@ def test_hub_problems_end_in_one_line(call, monkeypatch, problem, says):
     kind = OSError if problem == "OSError" else getattr(huggingface_hub.errors, problem)
     error = kind.__new__(kind)                                              # their constructors want a web response
     Exception.__init__(error, "the hub said no")
+    monkeypatch.setattr(checkpoints, "reach_hub", lambda *args: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(error))
     monkeypatch.setattr(checkpoints, "free_memory", lambda device: math.inf)            # dev is larger than most CPUs'
     outcome = call("flux", model="dev")
@@ -2412,7 +2413,7 @@ def hub(monkeypatch, tmp_path):
         threading.Thread(target=accept, daemon=True).start()
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{filename}")
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("HF_ENDPOINT", address)
         yield folder, connections
@@ -2437,6 +2438,21 @@ def test_offline_names_the_file_and_the_switch(call, monkeypatch, hub, missing):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     error = error_of(call("wan", weights="owner/tiny", **SHORT["wan"]))
     assert f"{missing} of owner/tiny is not in the cache, and HF_HUB_OFFLINE is set" in error and not connections
+
+
+@pytest.mark.parametrize("network", ["refuses", "is silent"])
+def test_without_a_network_a_missing_file_is_asked_for_once(call, monkeypatch, hub, network):
+    import huggingface_hub.constants
+    folder, connections = hub
+    missing = "tokenizer/tokenizer.json"
+    (folder / missing).unlink()
+    if network == "refuses":
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{filename}")
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
+    monkeypatch.setattr(time, "sleep", failing(AssertionError("it waits to try again")))
+    error = error_of(call("wan", weights="owner/tiny", **SHORT["wan"]))
+    assert f"cannot reach the Hugging Face Hub to download {missing} of owner/tiny (" in error
+    assert len(connections) == (network == "is silent")
 
 
 @pytest.mark.parametrize("weights", ["./flx", "../flx", "/flx", "flx", "a/b/c", "~/flx", "a\\flx"])

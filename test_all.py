@@ -2461,6 +2461,18 @@ def test_a_mistyped_folder_is_not_sent_to_the_hub(call, hub, weights):
     assert f"no folder {weights}; " in error_of(call("flux", weights=weights)) and not hub[1]
 
 
+def test_a_mistyped_folder_in_a_folder_is_told_what_is_near(call, monkeypatch, hub, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
+    for name in ("weights/flux-tiny", "weights/wan-tiny", "empty"):
+        Path(name).mkdir(parents=True)
+    for weights, similar in ("weights/flx", "; similar: weights/flux-tiny"), ("empty/flx", ""), \
+            (f"{tmp_path}/weights/wan", f"; similar: {tmp_path}/weights/wan-tiny"):
+        error = error_of(call("flux", weights=weights))
+        assert f"no folder {weights}; " in error and error.endswith(f"no folder owner here){similar}") and not hub[1]
+    assert "cannot reach the Hugging Face Hub" in error_of(call("flux", weights="owner/flx")) and len(hub[1]) == 1
+
+
 @pytest.mark.parametrize("weights", ["a--b/c", "a/b..c", "a/b.git", "a/" + "b" * 200])
 def test_a_name_that_the_hub_forbids_ends_in_one_line(call, hub, weights):
     assert f"downloading {weights} failed" in error_of(call("wan", weights=weights)) and not hub[1]

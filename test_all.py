@@ -2554,7 +2554,9 @@ def test_old_gpus_are_told_what_works(monkeypatch, capability, dtype, dense, wor
 COMPILE = """
 import sys
 import torch
+from torch import empty
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 import sparse_kernels as sk
@@ -2571,55 +2573,69 @@ class NoGPU:                                                                # to
         return GPUTarget("cuda", arch, 32)
 
 
+class Known(Exception):                                                     # as is the shared memory, which it carries
+    pass
+
+
+def lower_once(backend, module, metadata, *options, make_llir=CUDABackend.make_llir, shared={}):
+    code = str(module).replace(f"cuda:{arch}", "")                          # Triton's own for this GPU, before LLVM's
+    if code in shared:
+        raise Known(shared[code])
+    llir = make_llir(backend, module, metadata, *options)
+    shared[code] = metadata["shared"]
+    return llir
+
+
 def compile_only(kernel, *args, grid, warmup, run=JITFunction.run, **kwargs):
-    compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-    print(arch, kernel.__name__, compiled.metadata.shared)
-
-
-def empty(*shape, dtype=getattr(torch, sys.argv[2])):
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    try:
+        shared = run(kernel, *args, grid=grid, warmup=True, **kwargs).metadata.shared
+    except Known as known:
+        shared, = known.args
+    print(dtype, arch, kernel.__name__, shared)
 
 
 driver.set_active(NoGPU())
-JITFunction.run = compile_only
-q, lse, static = empty(1, 24, 4096, 128), empty(1, 24, 4096, dtype=torch.float32), empty(4096, dtype=torch.bool)
-columns, counts = empty(1, 24, 32, 704, dtype=torch.int32), empty(1, 24, 32, dtype=torch.int32)
-mean, unlisted = empty(1, 24, 64, 128), empty(1, 24, 32, 64, dtype=torch.uint8)
-x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
-for arch in map(int, sys.argv[1].split(",")):
+CUDABackend.make_llir, JITFunction.run = lower_once, compile_only
+torch.set_default_device("meta")
+for case in sys.argv[1:]:
+    dtype, arch = case.split(":")
+    arch = int(arch)
+    torch.set_default_dtype(getattr(torch, dtype))
+    q, lse, static = empty(1, 24, 4096, 128), empty(1, 24, 4096, dtype=torch.float32), empty(4096, dtype=torch.bool)
+    columns, counts = empty(1, 24, 32, 704, dtype=torch.int32), empty(1, 24, 32, dtype=torch.int32)
+    mean, unlisted = empty(1, 24, 64, 128), empty(1, 24, 32, 64, dtype=torch.uint8)
+    x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
     sk.attention_triton(q, q, q)
     sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "split")
     sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "add")
     sk.column_sparse_attention_triton(q, q, q, columns, counts, q, None, "add", mean, mean, unlisted)
-    if q.dtype == torch.bfloat16:                                           # float32 takes five times as long
+    if dtype == "bfloat16":                                                 # float32 takes five times as long
         _, _, mass = sk.attention_with_column_mass_triton(q, q, q, lse)
         sk.choose_columns_triton(mass, 0.1, 0.01, static, 0, 512)
         delta = sk.sparse_mlp_fc1_triton(x, w1, empty(12288), columns[:, 0], counts[:, 0], act)
         sk.sparse_mlp_fc2_triton(delta, w1, columns[:, 0], counts[:, 0], x)
 """
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}              # KB that a block may use
+SHARED = {86: 99, 80: 163, 89: 99, 90: 227, 100: 227, 120: 99}              # KB that a block may use
 
 
 @pytest.mark.skipif(sk.triton is None, reason="no Triton")
-@pytest.mark.parametrize("dtype, archs", [("bfloat16", [*SHARED]), ("float32", [86])])
-def test_every_kernel_compiles_for_every_gpu_and_fits(tmp_path, dtype, archs):
+def test_every_kernel_compiles_for_every_gpu_and_fits(tmp_path):
+    """Once for all GPUs for which Triton makes the same of it: 80 and 89 have been seen to need as much as 86."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    commands = [[sys.executable, "-c", COMPILE, ",".join(map(str, part)), dtype] for part in (archs[::2], archs[1::2])]
-    processes = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-                 for command in commands if command[3]]                     # two at a time
-    printed = ""
-    for process in processes:
-        out, err = process.communicate()
-        assert not process.returncode, err
-        printed += out
-    kernels = {name for name in vars(sk) if name.endswith("_kernel")}
+    halves = [[f"bfloat16:{arch}" for arch in (86, 80, 89, 100)], ["bfloat16:90", "bfloat16:120", "float32:86"]]
+    processes = [subprocess.Popen([sys.executable, "-c", COMPILE, *cases], cwd=HERE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True, env=env) for cases in halves]
     compiled = {}
-    for line in printed.splitlines():
-        arch, kernel, shared = line.split()
-        compiled.setdefault(int(arch), set()).add(kernel)
-        assert int(shared) <= SHARED[int(arch)] * 1024, line
-    assert compiled == {arch: kernels for arch in archs} or dtype == "float32"
+    for process in processes:                                               # of equal work, at the same time
+        printed, errors = process.communicate()
+        assert not process.returncode, errors
+        for line in printed.splitlines():
+            dtype, arch, kernel, shared = line.split()
+            compiled.setdefault((dtype, int(arch)), set()).add(kernel)
+            assert int(shared) <= SHARED[int(arch)] * 1024, line
+    kernels = {name for name in vars(sk) if name.endswith("_kernel")}
+    assert compiled.pop(("float32", 86)) < kernels and compiled == {("bfloat16", arch): kernels for arch in SHARED}
 
 
 def in_layout(state, layout):

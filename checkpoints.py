@@ -126,7 +126,7 @@ def download(repository, names):
                                         RepositoryNotFoundError)
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()                                    # its retries would bury the one line below
-    reach_hub(repository, next(name for name in names if not cached_files(repository, [name])))
+    reach_hub(repository, next((name for name in names if not cached_files(repository, [name])), names[0]))
     files = []
     for name in names:
         try:

@@ -283,7 +283,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see --help\n")
 
     def print_help(self, file=None):                                 # argparse's hides that it cannot
-        say(self.format_help())
+        say(self.format_help().rstrip())
 
 
 def number(kind, low, high):

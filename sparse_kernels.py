@@ -129,9 +129,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     framework's own kernels, which can be differentiated.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        backends = [_cudnn_attention, _flash_attention, _attention_op]            # on Hopper cuDNN is 1.9x as fast
-        if torch.cuda.get_device_capability(q.device)[0] < 9:
-            backends.remove(_cudnn_attention)
+        backends = [_flash_attention, _attention_op]
+        if torch.cuda.get_device_capability(q.device)[0] >= 9:
+            backends = [_cudnn_attention, *backends]                              # on Hopper 1.9x as fast
         return _first_able(backends, q, k, v)
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)

@@ -8,6 +8,10 @@
 score and speed take --model wan and --model hunyuan as well. score draws captions whose combination of colour, shape
 and relation or motion was held out of training, and looks for what they ask for in the pixels (scenes.py).
 """
+import interrupt
+if __name__ == "__main__":
+    interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
+
 import argparse
 import random
 import re
@@ -36,7 +40,7 @@ BATCH = 20                     # pictures or videos drawn at a time
 
 
 def print_row(*cells):
-    print(f"| {' | '.join(cells)} |", flush=True)
+    cli.say(f"| {' | '.join(cells)} |")
 
 
 def print_header(*cells):
@@ -196,7 +200,7 @@ def score(args):
             quality = f"{mean(psnrs):.2f} dB", f"{mean(ssims):.4f}"
         print_row(name, f"{things / asked:.1%}", f"{related / max(1, relations):.1%}",
                   f"{background / args.captions:.1%}", *quality)
-    print(f"\n({where(device)}, float32)")
+    cli.say(f"\n({where(device)}, float32)")
 
 # ---------------------------------------------------------------------------------------------------------
 # speed: the real models' transformers with random weights, which take about as long as trained ones
@@ -307,7 +311,7 @@ def speed_table(stem, name, config, device):
     print_row(f"**all {config.steps}, dense**", "", *(f"{t:.1f} s" for t in dense_totals))
     print_row(f"**all {config.steps}, Chipmunk**", "",
               *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense_totals, totals)))
-    print(f"\n({where(device)}, bfloat16, random weights)")
+    cli.say(f"\n({where(device)}, bfloat16, random weights)")
 
 # ---------------------------------------------------------------------------------------------------------
 # kernels
@@ -426,8 +430,8 @@ def kernels(args):
     for case in ATTENTION_CASES:
         attention_rows(*case)
     mlp_rows()
-    print(f"\n({where(torch.device('cuda'))}, triton {triton.__version__}, bfloat16, random data, "
-          "medians of CUDA graph replays)")
+    cli.say(f"\n({where(torch.device('cuda'))}, triton {triton.__version__}, bfloat16, random data, "
+            "medians of CUDA graph replays)")
 
 
 def main():

@@ -3,11 +3,12 @@
 Weights come straight from safetensors files, in a folder or from the Hugging Face Hub. Loading is strict: every
 tensor of a file is used once and has the model's shape, and none is missing.
 """
+import difflib
 import json
 import math
 import os
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -89,15 +90,43 @@ def cannot_read(file, error):
     return error if out_of_memory(error) else Fail(f"cannot read {file}: {error.strerror or reason(error)}")
 
 
+def no_folder(weights):
+    """What to raise for a folder that is not there. It names those beside it that have a similar name."""
+    folder, beside = Path(weights), []
+    with suppress(OSError):
+        beside = [entry.name for entry in os.scandir(folder.parent) if entry.is_dir()]
+    near = [str(folder.with_name(name)) for name in difflib.get_close_matches(folder.name, beside, cutoff=0.4)]
+    similar = f"; similar: {', '.join(near)}" if near else ""
+    return Fail(f"no folder {weights}; --weights wants a folder, or a Hugging Face repository like owner/name "
+                f"(with no folder owner here){similar}")
+
+
+def reach_hub(repository, name):
+    """Raises Fail if nothing answers when the Hugging Face Hub is asked for this file; hf_hub_download asks for 23 s to
+    minutes. What the Hub answers does not matter here."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, name), timeout=float(os.environ.get("HF_HUB_ETAG_TIMEOUT", 5)))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        pass
+    except Exception as error:                                       # what it is depends on huggingface-hub's version
+        if out_of_memory(error):
+            raise
+        raise Fail(f"cannot reach the Hugging Face Hub to download {name} of {repository} ({reason(error)}); "
+                   "check the network, or give a folder with --weights") from None
+
+
 def download(repository, names):
     """weight_files for a Hugging Face repository like owner/name."""
-    if not is_repository(repository):
-        raise Fail(f"no folder {repository}; --weights wants a folder, or a Hugging Face repository like owner/name")
+    if not is_repository(repository) or os.path.isdir(Path(repository).parent):
+        raise no_folder(repository)
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError,
                                         RepositoryNotFoundError)
     from huggingface_hub.utils import logging
     logging.set_verbosity_error()                                    # its retries would bury the one line below
+    reach_hub(repository, next((name for name in names if not cached_files(repository, [name])), names[0]))
     files = []
     for name in names:
         try:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 
 from cache import SKIP_PRESETS, Sparsity, fit_steps, make_plan, skip_preset
+from interrupt import at_ctrl_c
+from sparse_kernels import NO_KERNEL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DELTAS = ("pooled", "mass", "paper")
@@ -38,10 +41,10 @@ def note(text):
 
 
 # Libraries say in many words that memory ran out, in a RuntimeError or OSError that is used for other things, too:
-# CUDA, cuBLAS, cuDNN (which then finds no plan or engine), torch on a CPU, mmap, and Windows' paging file (1455).
+# CUDA, cuBLAS, cuDNN (whose convolutions then find no engine), torch on a CPU, mmap, and Windows' paging file (1455).
 OUT_OF_MEMORY = re.compile(
     r"out of memory|(?:can't|cannot|unable to) allocate|not enough memory|STATUS_ALLOC_FAILED|os error 1455|"
-    r"no valid execution plans|unable to find an engine|valid cuDNN algorithm", re.IGNORECASE)
+    r"unable to find an engine|valid cuDNN algorithm", re.IGNORECASE)
 ASKED = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTP]iB)")  # made here: without memory nothing is compiled
 
 
@@ -99,7 +102,7 @@ def say(text):
         raise
     except OSError as error:
         forget_stdout()
-        raise Fail(f"cannot print what was done: {error.strerror}") from None
+        raise Fail(f"cannot print to stdout: {error.strerror}") from None
 
 
 def forget_stdout():
@@ -108,11 +111,12 @@ def forget_stdout():
 
 
 def run(main):
-    """Call main. A Fail, Ctrl-C or a lack of memory ends in one line on stderr and a non-zero exit status."""
+    """Call main. A Fail, Ctrl-C, a lack of memory or of a kernel ends in one line on stderr and a non-zero status."""
     if sys.stdout is not None:                                       # in an encoding that lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is None:                                           # closed; progress bars want one
         sys.stderr = open(os.devnull, "w")
+    at_ctrl_c(signal.default_int_handler)
     try:
         main()
     except Fail as error:
@@ -124,9 +128,12 @@ def run(main):
         forget_stdout()
         sys.exit(1)
     except (MemoryError, RuntimeError, OSError) as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit(f"error: {memory_advice(error)}")
+        if out_of_memory(error):
+            sys.exit(f"error: {memory_advice(error)}")
+        if NO_KERNEL.search(str(error)):
+            said = str(error).splitlines()[0]
+            sys.exit(f"error: no kernel can do this on this GPU ({said}); try --dtype float32, or --device cpu")
+        raise
 
 # ---------------------------------------------------------------------------------------------------------
 # settings
@@ -274,6 +281,9 @@ def check_prompt(prompt, negative_prompt=None):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message}; see --help\n")
+
+    def print_help(self, file=None):                                 # argparse's hides that it cannot
+        say(self.format_help().rstrip())
 
 
 def number(kind, low, high):

@@ -18,6 +18,10 @@ left in `layer_state` (cache.py). Without a state this is plain FLUX.1.
 
 FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
 """
+import interrupt
+if __name__ == "__main__":
+    interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
+
 import math
 import re
 import time

@@ -18,6 +18,10 @@ through the blocks voxel by voxel, 4 x 4 x 8 = 128 of them each (voxel.py). With
 
 HunyuanVideo: Tencent, github.com/Tencent/HunyuanVideo, arXiv 2412.03603. Chipmunk: arXiv 2506.03275.
 """
+import interrupt
+if __name__ == "__main__":
+    interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
+
 import math
 import time
 from dataclasses import dataclass, replace

@@ -30,6 +30,7 @@ of 16 channels in the MLP; otherwise they raise ValueError. float64 runs the def
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -128,14 +129,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     framework's own kernels, which can be differentiated.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        if torch.cuda.get_device_capability(q.device)[0] < 9:
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-        # on Hopper 1.9x as fast as flash attention
-        o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-        return o, lse.view(q.shape[:3])
+        backends = [_flash_attention, _attention_op]
+        if torch.cuda.get_device_capability(q.device)[0] >= 9:
+            backends = [_cudnn_attention, *backends]                              # on Hopper 1.9x as fast
+        return _first_able(backends, q, k, v)
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     return _attention_op(q, k, v)
+
+
+def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return o, lse.view(q.shape[:3])
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
+# How cuDNN and flash attention say that they have nothing for these sizes, this GPU or this build of torch.
+NO_KERNEL = re.compile(
+    r"no (?:valid )?(?:execution plans|engine configs)|CUDNN_STATUS_NOT_SUPPORTED|FlashAttention only supports|"
+    r"not compiled with cuDNN|USE_FLASH_ATTENTION was not enabled", re.IGNORECASE)
+
+
+def _first_able(backends: list[Callable], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of the first of these backends that has a kernel for it. Other errors, as of memory, are raised; so
+    is everything in what torch.compile makes of this, as that holds the first backend alone."""
+    *others, last = backends
+    for backend in others:
+        try:
+            return backend(q, k, v)
+        except RuntimeError as error:
+            if not NO_KERNEL.search(str(error)):
+                raise
+    return last(q, k, v)
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1437,6 +1437,13 @@ def call(monkeypatch, capsys):
     return run
 
 
+def failing(error):
+    """A function that raises it, whatever it is given."""
+    def fail(*args, **kwargs):
+        raise error
+    return fail
+
+
 def error_of(outcome):
     """The one line that a command line ended in."""
     status, _, errors = outcome
@@ -1710,10 +1717,8 @@ def test_hub_problems_end_in_one_line(call, monkeypatch, problem, says):
     kind = OSError if problem == "OSError" else getattr(huggingface_hub.errors, problem)
     error = kind.__new__(kind)                                              # their constructors want a web response
     Exception.__init__(error, "the hub said no")
-
-    def no(*args, **kwargs):
-        raise error
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no)
+    monkeypatch.setattr(checkpoints, "reach_hub", lambda *args: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing(error))
     monkeypatch.setattr(checkpoints, "free_memory", lambda device: math.inf)            # dev is larger than most CPUs'
     outcome = call("flux", model="dev")
     assert says in error_of(outcome) and len(outcome[2]) == 1
@@ -1721,11 +1726,6 @@ def test_hub_problems_end_in_one_line(call, monkeypatch, problem, says):
 
 @each_model
 def test_too_little_memory_a_full_disk_and_ctrl_c_leave_nothing_behind(call, monkeypatch, tmp_path, name):
-    def raises(error):
-        def refuse(*args, **kwargs):
-            raise error
-        return refuse
-
     def outcome():
         result = call(name, out=tmp_path / "a.png", **SHORT[name])
         assert result[0] != 0 and not list(tmp_path.iterdir())
@@ -1737,13 +1737,13 @@ def test_too_little_memory_a_full_disk_and_ctrl_c_leave_nothing_behind(call, mon
         m.setattr(checkpoints, "free_memory", lambda device: weights + 1e4)             # the caches need more
         assert "GB free, but this needs" in error_of(outcome()) and "--dense" in error_of(outcome())
     with monkeypatch.context() as m:
-        m.setattr(Path, "touch", raises(PermissionError(13, "Permission denied")))
+        m.setattr(Path, "touch", failing(PermissionError(13, "Permission denied")))
         assert "cannot be written" in error_of(outcome())
     with monkeypatch.context() as m:
-        m.setattr(Image.Image, "save", raises(OSError(28, "No space left on device")))
+        m.setattr(Image.Image, "save", failing(OSError(28, "No space left on device")))
         assert "No space left" in error_of(outcome())
     with monkeypatch.context() as m:
-        m.setattr(program, "sample", raises(KeyboardInterrupt()))
+        m.setattr(program, "sample", failing(KeyboardInterrupt()))
         assert outcome()[2][-1] == "interrupted"
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1988,7 +1988,6 @@ OUT_OF_MEMORY = [
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other call"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("Triton Error [CUDA]: out of memory"),
-    RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built."),
     RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
                  "to allocate 36000000000 bytes. Error code 12 (Cannot allocate memory)"),
@@ -2002,11 +2001,9 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
 def test_out_of_memory_is_understood_in_every_wording(call, monkeypatch, tmp_path, error):
-    def refuse(*args, **kwargs):
-        raise error
     for owner, name in (flux_chipmunk, "sample"), (checkpoints, "safe_open"):
         with monkeypatch.context() as m:
-            m.setattr(owner, name, refuse)
+            m.setattr(owner, name, failing(error))
             outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
         assert "out of memory" in error_of(outcome) and "--dense" in error_of(outcome)
         assert len(outcome[2]) == 1 and not list(tmp_path.iterdir())
@@ -2018,6 +2015,30 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     for error in RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(28, "No space left on device"), \
             RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"):
         assert not cli.out_of_memory(error)
+
+
+NO_KERNEL = ["cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built.",
+             "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.",
+             "cuDNN Frontend error: No valid engine configs for Matmul_MUL_Reduction_SUB_EXP_Reduction_LOG_ADD_DIV_",
+             "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "FlashAttention only supports Ampere GPUs or newer."]
+
+
+@pytest.mark.parametrize("said", NO_KERNEL)
+def test_where_one_attention_has_no_kernel_the_next_is_tried(call, monkeypatch, tmp_path, said):
+    unable, able = failing(RuntimeError(f"{said}\n{{}}")), sk.attention_ref
+    operands = inputs(130, 61, 16)
+    o, lse = able(*operands)
+    for run in sk._first_able, torch.compile(lambda _, *rest: sk._first_able([able, unable], *rest), backend="eager",
+                                             fullgraph=True):
+        for got, want in zip(run([unable, unable, able], *operands), (o, lse), strict=True):
+            assert torch.equal(got, want)
+    for error in torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: misaligned address"):
+        with pytest.raises(type(error), match=str(error)):                  # nothing that another one would mend
+            sk._first_able([failing(error), able], *operands)
+    monkeypatch.setattr(flux_chipmunk, "sample", lambda *args: sk._first_able([unable, unable], *operands))
+    outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
+    assert f"({said})" in error_of(outcome) and "--dtype float32" in error_of(outcome)
+    assert len(outcome[2]) == 1 and "memory" not in error_of(outcome) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
@@ -2197,9 +2218,8 @@ def test_what_the_system_says_about_a_file_is_said(call, monkeypatch, tmp_path):
             with monkeypatch.context() as m:
                 m.setattr(checkpoints, "open", refuse, raising=False)
                 assert f"cannot read {file}: {error.strerror}" in error_of(call("wan", weights=folder))
-    def gone(*args, **kwargs):
-        raise OSError("Input/output error (os error 5)")                    # between the check and the load
-    monkeypatch.setattr(checkpoints, "safe_open", gone)
+    gone = OSError("Input/output error (os error 5)")                       # between the check and the load
+    monkeypatch.setattr(checkpoints, "safe_open", failing(gone))
     assert "safetensors: Input/output error" in error_of(call("wan", weights=folder))
 
 
@@ -2213,7 +2233,7 @@ def test_tensors_that_are_no_floats_are_refused(tmp_path, dtype, says):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 @pytest.mark.parametrize("out, err, status, says", [
-    ("| head -0", "", 1, ""), ("> /dev/full", "", 1, "error: cannot print what was done: No space left on device"),
+    ("| head -0", "", 1, ""), ("> /dev/full", "", 1, "error: cannot print to stdout: No space left on device"),
     (">&-", "2> /dev/full", 0, ""), ("", "2>&-", 0, "")])
 def test_the_file_is_written_whatever_becomes_of_the_terminal(tmp_path, out, err, status, says):
     flags = [f"--prompt={PROMPT}", "--device=cpu", "--out=圆.png", "--width=130", "--height=96", "--steps=1"]
@@ -2226,6 +2246,16 @@ def test_the_file_is_written_whatever_becomes_of_the_terminal(tmp_path, out, err
     assert says in result.stderr and [file.name for file in tmp_path.iterdir()] == ["圆.png"]
     assert out != "" or "\\u5706.png: 128x96" in result.stdout
     Image.open(tmp_path / "圆.png").load()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("command", [
+    ["flux_chipmunk.py", "--help"], ["wan_chipmunk.py", "--show-plan"], ["train_tiny.py", "--help"],
+    ["-c", "import bench, cli; cli.run(lambda: bench.print_row('a'))"]], ids=" ".join)
+def test_what_cannot_be_printed_is_an_error(command):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, *command], cwd=HERE, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (1, "error: cannot print to stdout: No space left on device\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="ulimit -f")
@@ -2297,6 +2327,22 @@ def interrupt(run, folder):
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors and not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("name", ["flux_chipmunk", "wan_chipmunk", "hunyuan_chipmunk", "bench", "train_tiny"])
+@pytest.mark.parametrize("heard", [True, False], ids=["heard", "ignored"])
+def test_ctrl_c_ends_a_program_while_it_imports_torch(tmp_path, name, heard):
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "torch.py").write_text("print('here', flush=True); input(); raise SystemExit(3)")
+    run = subprocess.Popen([sys.executable, HERE / f"{name}.py"], cwd=out, env=os.environ | {"PYTHONPATH": tmp_path},
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=listen if heard else lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert run.stdout.readline() == "here\n", run.stderr.read()
+    if heard:
+        return interrupt(run, out)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate("\n") == ("", "") and run.returncode == 3
+
+
 STAT = "anon 3000000000\n{0}inactive_file 2500000000\n{0}active_file 500000000\n{0}unevictable 0\n"
 GROUPS = [                                                                  # files of a machine, and what is free
     ({}, math.inf),
@@ -2325,9 +2371,7 @@ def test_what_a_container_still_allows(monkeypatch, tmp_path, files, free):
 
 
 def test_a_full_gpu_is_not_absent(monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-    monkeypatch.setattr(torch, "empty", full)
+    monkeypatch.setattr(torch, "empty", failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.")))
     with pytest.raises(cli.Fail, match="cuda:1 is full"):
         cli.pick_device("cuda:1")
 
@@ -2369,7 +2413,8 @@ def hub(monkeypatch, tmp_path):
         threading.Thread(target=accept, daemon=True).start()
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{filename}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)       # asks the real one
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setenv("HF_ENDPOINT", address)
         yield folder, connections
@@ -2396,9 +2441,36 @@ def test_offline_names_the_file_and_the_switch(call, monkeypatch, hub, missing):
     assert f"{missing} of owner/tiny is not in the cache, and HF_HUB_OFFLINE is set" in error and not connections
 
 
+@pytest.mark.parametrize("network", ["refuses", "is silent"])
+def test_without_a_network_a_missing_file_is_asked_for_once(call, monkeypatch, hub, network):
+    import huggingface_hub.constants
+    folder, connections = hub
+    missing = "tokenizer/tokenizer.json"
+    (folder / missing).unlink()
+    if network == "refuses":
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{filename}")
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
+    monkeypatch.setattr(time, "sleep", failing(AssertionError("it waits to try again")))
+    error = error_of(call("wan", weights="owner/tiny", **SHORT["wan"]))
+    assert f"cannot reach the Hugging Face Hub to download {missing} of owner/tiny (" in error
+    assert len(connections) == (network == "is silent")
+
+
 @pytest.mark.parametrize("weights", ["./flx", "../flx", "/flx", "flx", "a/b/c", "~/flx", "a\\flx"])
 def test_a_mistyped_folder_is_not_sent_to_the_hub(call, hub, weights):
     assert f"no folder {weights}; " in error_of(call("flux", weights=weights)) and not hub[1]
+
+
+def test_a_mistyped_folder_in_a_folder_is_told_what_is_near(call, monkeypatch, hub, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.2")
+    for name in ("weights/flux-tiny", "weights/wan-tiny", "empty"):
+        Path(name).mkdir(parents=True)
+    for weights, similar in ("weights/flx", "; similar: weights/flux-tiny"), ("empty/flx", ""), \
+            (f"{tmp_path}/weights/wan", f"; similar: {tmp_path}/weights/wan-tiny"):
+        error = error_of(call("flux", weights=weights))
+        assert f"no folder {weights}; " in error and error.endswith(f"no folder owner here){similar}") and not hub[1]
+    assert "cannot reach the Hugging Face Hub" in error_of(call("flux", weights="owner/flx")) and len(hub[1]) == 1
 
 
 @pytest.mark.parametrize("weights", ["a--b/c", "a/b..c", "a/b.git", "a/" + "b" * 200])
@@ -2482,7 +2554,9 @@ def test_old_gpus_are_told_what_works(monkeypatch, capability, dtype, dense, wor
 COMPILE = """
 import sys
 import torch
+from torch import empty
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 import sparse_kernels as sk
@@ -2499,55 +2573,69 @@ class NoGPU:                                                                # to
         return GPUTarget("cuda", arch, 32)
 
 
+class Known(Exception):                                                     # as is the shared memory, which it carries
+    pass
+
+
+def lower_once(backend, module, metadata, *options, make_llir=CUDABackend.make_llir, shared={}):
+    code = str(module).replace(f"cuda:{arch}", "")                          # Triton's own for this GPU, before LLVM's
+    if code in shared:
+        raise Known(shared[code])
+    llir = make_llir(backend, module, metadata, *options)
+    shared[code] = metadata["shared"]
+    return llir
+
+
 def compile_only(kernel, *args, grid, warmup, run=JITFunction.run, **kwargs):
-    compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-    print(arch, kernel.__name__, compiled.metadata.shared)
-
-
-def empty(*shape, dtype=getattr(torch, sys.argv[2])):
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    try:
+        shared = run(kernel, *args, grid=grid, warmup=True, **kwargs).metadata.shared
+    except Known as known:
+        shared, = known.args
+    print(dtype, arch, kernel.__name__, shared)
 
 
 driver.set_active(NoGPU())
-JITFunction.run = compile_only
-q, lse, static = empty(1, 24, 4096, 128), empty(1, 24, 4096, dtype=torch.float32), empty(4096, dtype=torch.bool)
-columns, counts = empty(1, 24, 32, 704, dtype=torch.int32), empty(1, 24, 32, dtype=torch.int32)
-mean, unlisted = empty(1, 24, 64, 128), empty(1, 24, 32, 64, dtype=torch.uint8)
-x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
-for arch in map(int, sys.argv[1].split(",")):
+CUDABackend.make_llir, JITFunction.run = lower_once, compile_only
+torch.set_default_device("meta")
+for case in sys.argv[1:]:
+    dtype, arch = case.split(":")
+    arch = int(arch)
+    torch.set_default_dtype(getattr(torch, dtype))
+    q, lse, static = empty(1, 24, 4096, 128), empty(1, 24, 4096, dtype=torch.float32), empty(4096, dtype=torch.bool)
+    columns, counts = empty(1, 24, 32, 704, dtype=torch.int32), empty(1, 24, 32, dtype=torch.int32)
+    mean, unlisted = empty(1, 24, 64, 128), empty(1, 24, 32, 64, dtype=torch.uint8)
+    x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
     sk.attention_triton(q, q, q)
     sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "split")
     sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "add")
     sk.column_sparse_attention_triton(q, q, q, columns, counts, q, None, "add", mean, mean, unlisted)
-    if q.dtype == torch.bfloat16:                                           # float32 takes five times as long
+    if dtype == "bfloat16":                                                 # float32 takes five times as long
         _, _, mass = sk.attention_with_column_mass_triton(q, q, q, lse)
         sk.choose_columns_triton(mass, 0.1, 0.01, static, 0, 512)
         delta = sk.sparse_mlp_fc1_triton(x, w1, empty(12288), columns[:, 0], counts[:, 0], act)
         sk.sparse_mlp_fc2_triton(delta, w1, columns[:, 0], counts[:, 0], x)
 """
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}              # KB that a block may use
+SHARED = {86: 99, 80: 163, 89: 99, 90: 227, 100: 227, 120: 99}              # KB that a block may use
 
 
 @pytest.mark.skipif(sk.triton is None, reason="no Triton")
-@pytest.mark.parametrize("dtype, archs", [("bfloat16", [*SHARED]), ("float32", [86])])
-def test_every_kernel_compiles_for_every_gpu_and_fits(tmp_path, dtype, archs):
+def test_every_kernel_compiles_for_every_gpu_and_fits(tmp_path):
+    """Once for all GPUs for which Triton makes the same of it: 80 and 89 have been seen to need as much as 86."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    commands = [[sys.executable, "-c", COMPILE, ",".join(map(str, part)), dtype] for part in (archs[::2], archs[1::2])]
-    processes = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-                 for command in commands if command[3]]                     # two at a time
-    printed = ""
-    for process in processes:
-        out, err = process.communicate()
-        assert not process.returncode, err
-        printed += out
-    kernels = {name for name in vars(sk) if name.endswith("_kernel")}
+    halves = [[f"bfloat16:{arch}" for arch in (86, 80, 89, 100)], ["bfloat16:90", "bfloat16:120", "float32:86"]]
+    processes = [subprocess.Popen([sys.executable, "-c", COMPILE, *cases], cwd=HERE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True, env=env) for cases in halves]
     compiled = {}
-    for line in printed.splitlines():
-        arch, kernel, shared = line.split()
-        compiled.setdefault(int(arch), set()).add(kernel)
-        assert int(shared) <= SHARED[int(arch)] * 1024, line
-    assert compiled == {arch: kernels for arch in archs} or dtype == "float32"
+    for process in processes:                                               # of equal work, at the same time
+        printed, errors = process.communicate()
+        assert not process.returncode, errors
+        for line in printed.splitlines():
+            dtype, arch, kernel, shared = line.split()
+            compiled.setdefault((dtype, int(arch)), set()).add(kernel)
+            assert int(shared) <= SHARED[int(arch)] * 1024, line
+    kernels = {name for name in vars(sk) if name.endswith("_kernel")}
+    assert compiled.pop(("float32", 86)) < kernels and compiled == {("bfloat16", arch): kernels for arch in SHARED}
 
 
 def in_layout(state, layout):

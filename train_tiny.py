@@ -14,6 +14,10 @@ goes on from its last checkpoint:
                        learns v_empty + g (v_prompt - v_empty) of the frozen model of stage 2, for g from 1 up
                        (Wan2.1 computes that sum at every step of sampling instead)
 """
+import interrupt
+if __name__ == "__main__":
+    interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
+
 import argparse
 import copy
 import json
@@ -444,7 +448,7 @@ def train(recipe, folder, work, device):
             save(painters[part], files[part])
     shutil.copytree(written, folder, dirs_exist_ok=True)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{folder}: trained in {seconds / 60:.1f} minutes on {where}, torch {torch.__version__}")
+    cli.say(f"{folder}: trained in {seconds / 60:.1f} minutes on {where}, torch {torch.__version__}")
 
 
 def main():

@@ -18,6 +18,10 @@ Without a state this is plain Wan2.1.
 
 Wan2.1: Alibaba's Wan team, github.com/Wan-Video/Wan2.1. Chipmunk: arXiv 2506.03275.
 """
+import interrupt
+if __name__ == "__main__":
+    interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
+
 import html
 import math
 import time

@@ -287,7 +287,7 @@ def speed_table(stem, name, config, device):
     """Time the steps of a model with random weights, eager and compiled, and print what 50 of them take."""
     model, sample = REAL[stem][2](config, device)
     sparsity = fit_steps(config.sparsity, config.steps, config.steps)
-    kinds = [(step.attn, step.mlp) for step in make_plan(config.steps, sparsity)]
+    kinds = [step.mode for step in make_plan(config.steps, sparsity)]
     first = {kind: kinds.index(kind) for kind in kinds}
     shown = max(first.values()) + 2                                  # one step more than shows every kind
     dense, ours = [], []                                             # eager, compiled: seconds; {kind: seconds}
@@ -304,8 +304,7 @@ def speed_table(stem, name, config, device):
     print_header(f"{stem} {name}, {size}, a step", f"of {config.steps}", "eager", "compiled")
     print_row("of the dense model", str(config.steps), *(f"{s:.3f} s" for s in dense))
     for kind in first:
-        label = f"{kind[0]}, MLP {kind[1]}" if stem == "flux" else kind[0]
-        print_row(label, str(kinds.count(kind)), *(f"{seconds[kind]:.3f} s" for seconds in ours))
+        print_row(kind, str(kinds.count(kind)), *(f"{seconds[kind]:.3f} s" for seconds in ours))
     dense_totals = [config.steps * s for s in dense]
     totals = [sum(seconds[kind] for kind in kinds) for seconds in ours]
     print_row(f"**all {config.steps}, dense**", "", *(f"{t:.1f} s" for t in dense_totals))

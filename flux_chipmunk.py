@@ -95,7 +95,7 @@ class Config:
 # Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps
 # change fastest, so ours measures early. The README's table says what that, the delta and the skipped steps do to the
 # picture.
-FLUX_SPARSITY = Sparsity(attn_keep=0.165, attn_random=0.0, mlp_keep=0.30, mlp_random=0.05, delta="mass",
+FLUX_SPARSITY = Sparsity(attn_keep=0.165, attn_random=0.0, mlp_keep=0.30, delta="mass",
                          measure=EARLY_STEPS, skip="alternate")
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
@@ -336,9 +336,9 @@ class Flux(nn.Module):
         if step is None or not step.skip:
             hidden = self.blocks(x, text, vec, layout, state, step)  # (B, N, C)
             if state is not None:
-                state.hidden = hidden
+                state.remember(step, hidden)
         else:                                                        # step caching: only the final layer runs
-            hidden = state.hidden
+            hidden = state.recall(step)
         return self.final_layer(hidden, vec)[:, layout.inverse]
 
     def blocks(self, x, text, vec, layout, state, step):
@@ -723,7 +723,7 @@ def cache_bytes(config, sparsity, n_text, n_image, dtype):
     """What Chipmunk remembers for n_text and n_image tokens: in each layer the attention's rest and, with deltas, the
     MLP's activations and output; and what enters the final layer."""
     tokens, head_dim = n_text + n_image, config.dim // config.heads
-    total = n_image * config.dim * dtype.itemsize
+    total = (1 + sparsity.extrapolate) * n_image * config.dim * dtype.itemsize
     mlp_rows = [n_image] * config.double_blocks + [tokens] * config.single_blocks
     kinds = Counter(mlp_rows[sparsity.dense_layers:])
     for rows, layers in kinds.items():

@@ -101,7 +101,7 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 
 # As the original's preset; --measure-steps and --skip-steps choose other steps. The tiny model measures more of its
 # early steps, which change fastest: dense attention costs it little, and the README's table says what that does.
-HUNYUAN_SPARSITY = Sparsity(attn_keep=0.05, attn_random=0.01, mlp_keep=0.0, mlp_random=0.0, delta="mass",
+HUNYUAN_SPARSITY = Sparsity(attn_keep=0.05, attn_random=0.01, mlp_keep=0.0, delta="mass",
                             measure=(1, 10, 40), skip="video")
 
 CONFIGS = {
@@ -393,9 +393,9 @@ class Hunyuan(nn.Module):
         if step is None or not step.skip:
             hidden = self.blocks(x, t, text, vec, layout, mask, state, step)     # (B, N, C)
             if state is not None:
-                state.hidden = hidden
+                state.remember(step, hidden)
         else:                                                        # step caching: only the final layer runs
-            hidden = state.hidden
+            hidden = state.recall(step)
         scale, shift = self.norm_out(vec)                            # in this order, as published
         return unpatchify(self.proj_out(modulate(hidden, shift, scale))[:, layout.inverse], layout.grid)
 
@@ -774,7 +774,7 @@ def cache_bytes(config, sparsity, n_video, n_text, dtype):
     columns; and what enters the final layer."""
     layers, head_dim = config.dual_blocks + config.single_blocks - sparsity.dense_layers, config.dim // config.heads
     layer = checkpoints.layer_bytes(sparsity, config.heads, head_dim, n_video, n_video + n_text, n_text, dtype)
-    return layers * layer + n_video * config.dim * dtype.itemsize
+    return layers * layer + (1 + sparsity.extrapolate) * n_video * config.dim * dtype.itemsize
 
 
 def work_done(config, n_video, n_text, plan, state):

@@ -63,7 +63,8 @@ def sample_flux(flux, noise, text, pooled, config, sparsity, seed, watch=iter):
     layout = flux_chipmunk.make_layout(config.flux, h, w, text.shape[1], noise.device)
     sigmas = flux_chipmunk.make_sigmas(config.steps, h * w, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
-    state = make_state(len(flux.double_blocks) + len(flux.single_blocks), sparsity, layout.static, seed)
+    layers, tokens = len(flux.double_blocks) + len(flux.single_blocks), text.shape[1] + h * w
+    state = make_state(layers, sparsity, tokens, None, seed, noise.device)
     x = flux_chipmunk.patchify(noise)                                # (B, h w, 4 z)
     x = flux_chipmunk.sample(flux, x, text, pooled, config.guidance, sigmas, layout, plan, state)
     return flux_chipmunk.unpatchify(x, h, w)
@@ -75,7 +76,8 @@ def sample_wan(wan, noise, texts, config, sparsity, seed, watch=iter):
     layout = wan_chipmunk.make_layout(config.wan, (t, h // 2, w // 2), config.window, noise.device)
     schedule = wan_chipmunk.make_schedule(config.steps, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
-    states = [make_state(len(wan.blocks), sparsity, layout.static, seed) for _ in texts]
+    states = [make_state(len(wan.blocks), sparsity, len(layout.order), layout.static, seed, noise.device)
+              for _ in texts]
     return wan_chipmunk.sample(wan, noise, texts, config.guidance, schedule, layout, plan, states)
 
 
@@ -86,7 +88,7 @@ def sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, seed, watch=i
     sigmas = hunyuan_chipmunk.make_sigmas(config.steps, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
     layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
-    state = make_state(layers, sparsity, layout.static, seed, len(layout.order))
+    state = make_state(layers, sparsity, len(layout.order), layout.static, seed, noise.device)
     return hunyuan_chipmunk.sample(hunyuan, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
 
 # ---------------------------------------------------------------------------------------------------------

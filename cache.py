@@ -107,9 +107,9 @@ class LayerState:
     """What one layer remembers. Shapes: N query rows and Nk columns of attention, M rows of the MLP, G groups of 128
     rows, K capacity of a column list, F hidden width."""
     sparsity: Sparsity
-    static: torch.Tensor             # (Nk,) or (G, Nk) bool: attention columns always kept
-    static_most: int                 # of them, the most in any group
     pooled_columns: int              # how many columns, from the first, the blocks of delta="pooled" cover
+    static: torch.Tensor | None      # (Nk,) or (G, Nk) bool: attention columns always kept
+    static_most: int                 # of them, the most in any group
     seed: int
     attn_work: torch.Tensor          # () attentions so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
@@ -148,18 +148,18 @@ class ModelState:
         return hidden
 
 
-def make_state(layers, sparsity, static, seed, pooled_columns=None):
+def make_state(layers, sparsity, pooled_columns, static, seed, device="cpu"):
     """A fresh ModelState for a model of `layers` blocks; None without a sparsity: nothing is remembered.
-    static (Nk,) or (G, Nk) bool: columns always kept. pooled_columns: how many columns, from the first, the blocks of
-    delta="pooled" cover; None: all. Columns behind them must be static."""
+    pooled_columns: how many columns, from the first, the blocks of delta="pooled" cover; those behind them must be
+    static. static (Nk,) or (G, Nk) bool: columns always kept; None: none."""
     if sparsity is None:
         return None
     dense = layers if sparsity.delta == "none" else min(sparsity.dense_layers, layers)
-    most, states = int(static.sum(-1).max()), [None] * dense
+    most, states = 0 if static is None else int(static.sum(-1).max()), [None] * dense
     for i in range(len(states), layers):
-        attn_work, mlp_work = torch.zeros(2, device=static.device)
-        states.append(LayerState(sparsity, static, most, pooled_columns or static.shape[-1],
-                                 (seed * layers + i) % 2**31, attn_work, mlp_work))
+        attn_work, mlp_work = torch.zeros(2, device=device)
+        states.append(LayerState(sparsity, pooled_columns, static, most, (seed * layers + i) % 2**31,
+                                 attn_work, mlp_work))
     return ModelState(states, sparsity.extrapolate)
 
 

@@ -327,7 +327,7 @@ def layer_bytes(sparsity, heads, head_dim, rows, columns, static_most, dtype, ml
     if sparsity.delta == "none":
         return 0
     static, dim = empty(columns, dtype=torch.bool), heads * head_dim
-    layer = LayerState(sparsity, static, static_most, columns, 0, empty(()), empty(()))
+    layer = LayerState(sparsity, columns, static, static_most, 0, empty(()), empty(()))
     q, k = empty(1, heads, rows, head_dim), empty(1, heads, columns, head_dim)
     for step in Step(0, "dense"), Step(1, "measure"), Step(2, "sparse"):
         chipmunk_attention(q, k, k, layer, step)

@@ -682,10 +682,10 @@ def render(prompt, settings, compare=False):
     for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
         plan = make_plan(settings.steps, sparsity)
         if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
-            state = make_state(layers, sparsity, layout.static, settings.seed, n_video)
+            state = make_state(layers, sparsity, n_video, layout.static, settings.seed, device)
             sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
-        state = make_state(layers, sparsity, layout.static, settings.seed, n_video)
+        state = make_state(layers, sparsity, n_video, layout.static, settings.seed, device)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
         seconds = time.perf_counter() - start

@@ -602,7 +602,8 @@ def render(prompt, settings, compare=False):
     wan = load_part("wan", config, folder, device, dtype)
 
     def make_states(sparsity):
-        return [make_state(config.wan.layers, sparsity, layout.static, settings.seed) for _ in texts]
+        return [make_state(config.wan.layers, sparsity, len(layout.order), layout.static, settings.seed, device)
+                for _ in texts]
 
     results = []
     for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:

@@ -80,7 +80,7 @@ def make_plan(steps, sparsity):
     Pure: same arguments, same plan. -> list[Step]
 
     All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
-    attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is merely dense.
+    attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
     Raises ValueError if step 0 is to be skipped."""
     if sparsity is None:
         return [Step(i, "dense") for i in range(steps)]

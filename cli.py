@@ -111,7 +111,8 @@ def forget_stdout():
 
 
 def run(main):
-    """Call main. A Fail, Ctrl-C, a lack of memory or of a kernel ends in one line on stderr and a non-zero status."""
+    """Call main. A Fail, Ctrl-C, or a lack of memory, a kernel or a compiler ends in one line on stderr and a non-zero
+    exit status."""
     if sys.stdout is not None:                                       # in an encoding that lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is None:                                           # closed; progress bars want one
@@ -133,6 +134,8 @@ def run(main):
         if NO_KERNEL.search(str(error)):
             said = str(error).splitlines()[0]
             sys.exit(f"error: no kernel can do this on this GPU ({said}); try --dtype float32, or --device cpu")
+        if "Failed to find C compiler" in str(error):
+            sys.exit("error: Triton's kernels need a C compiler; install one (gcc or clang), or try --device cpu")
         raise
 
 # ---------------------------------------------------------------------------------------------------------

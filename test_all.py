@@ -2052,6 +2052,13 @@ def test_where_one_attention_has_no_kernel_the_next_is_tried(call, monkeypatch, 
     assert len(outcome[2]) == 1 and "memory" not in error_of(outcome) and not list(tmp_path.iterdir())
 
 
+def test_a_missing_compiler_is_said(call, monkeypatch, tmp_path):
+    said = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
+    monkeypatch.setattr(flux_chipmunk, "sample", failing(RuntimeError(said)))                  # Triton 3.9's words
+    outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
+    assert "need a C compiler; install one" in error_of(outcome) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
 @pytest.mark.parametrize("room", [3e7, 1.5e8])
 def test_a_limit_of_address_space_ends_in_one_line(tmp_path, room):

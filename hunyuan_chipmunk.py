@@ -99,8 +99,8 @@ FILES = {"llama": "text_encoder/model.safetensors", "clip": "text_encoder_2/mode
          "hunyuan": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
-# As the original's preset; --measure-steps and --skip-steps choose other steps. The tiny model measures more of its
-# early steps, which change fastest: dense attention costs it little, and the README's table says what that does.
+# As the original's preset, which also keeps 1 % of the columns at random once and for all. The tiny model measures more
+# of its early steps, which change fastest: dense attention costs it little, and the README's table says what that does.
 HUNYUAN_SPARSITY = Sparsity(attn_keep=0.05, attn_random=0.01, mlp_keep=0.0, delta="mass",
                             measure=(1, 10, 40), skip="video")
 

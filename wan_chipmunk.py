@@ -94,8 +94,9 @@ FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion
          "vae": "vae/diffusion_pytorch_model.safetensors"}
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
-# As the original's preset; --measure-steps and --skip-steps choose other steps. The tiny model measures more of its
-# early steps, which change fastest: dense attention costs it little, and the README's table says what that does.
+# As the original's branch evals, with our voxels (its master measures every tenth step, with a window of 5 voxels, in
+# raster order). The tiny model measures more of its early steps, which change fastest: dense attention costs it little,
+# and the README's table says what that does.
 WAN_SPARSITY = Sparsity(attn_keep=0.10, attn_random=0.01, mlp_keep=0.0, delta="paper",
                         measure=(1, 10, 40), skip="video")
 

@@ -63,7 +63,8 @@ def sample_flux(flux, noise, text, pooled, config, sparsity, seed, watch=iter):
     layout = flux_chipmunk.make_layout(config.flux, h, w, text.shape[1], noise.device)
     sigmas = flux_chipmunk.make_sigmas(config.steps, h * w, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
-    state = make_state(len(flux.double_blocks) + len(flux.single_blocks), sparsity, layout.static, seed)
+    layers, tokens = len(flux.double_blocks) + len(flux.single_blocks), text.shape[1] + h * w
+    state = make_state(layers, sparsity, tokens, None, seed, noise.device)
     x = flux_chipmunk.patchify(noise)                                # (B, h w, 4 z)
     x = flux_chipmunk.sample(flux, x, text, pooled, config.guidance, sigmas, layout, plan, state)
     return flux_chipmunk.unpatchify(x, h, w)
@@ -75,7 +76,8 @@ def sample_wan(wan, noise, texts, config, sparsity, seed, watch=iter):
     layout = wan_chipmunk.make_layout(config.wan, (t, h // 2, w // 2), config.window, noise.device)
     schedule = wan_chipmunk.make_schedule(config.steps, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
-    states = [make_state(len(wan.blocks), sparsity, layout.static, seed) for _ in texts]
+    states = [make_state(len(wan.blocks), sparsity, len(layout.order), layout.static, seed, noise.device)
+              for _ in texts]
     return wan_chipmunk.sample(wan, noise, texts, config.guidance, schedule, layout, plan, states)
 
 
@@ -86,7 +88,7 @@ def sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, seed, watch=i
     sigmas = hunyuan_chipmunk.make_sigmas(config.steps, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
     layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
-    state = make_state(layers, sparsity, layout.static, seed, len(layout.order))
+    state = make_state(layers, sparsity, len(layout.order), layout.static, seed, noise.device)
     return hunyuan_chipmunk.sample(hunyuan, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -287,7 +289,7 @@ def speed_table(stem, name, config, device):
     """Time the steps of a model with random weights, eager and compiled, and print what 50 of them take."""
     model, sample = REAL[stem][2](config, device)
     sparsity = fit_steps(config.sparsity, config.steps, config.steps)
-    kinds = [(step.attn, step.mlp) for step in make_plan(config.steps, sparsity)]
+    kinds = [step.mode for step in make_plan(config.steps, sparsity)]
     first = {kind: kinds.index(kind) for kind in kinds}
     shown = max(first.values()) + 2                                  # one step more than shows every kind
     dense, ours = [], []                                             # eager, compiled: seconds; {kind: seconds}
@@ -304,8 +306,7 @@ def speed_table(stem, name, config, device):
     print_header(f"{stem} {name}, {size}, a step", f"of {config.steps}", "eager", "compiled")
     print_row("of the dense model", str(config.steps), *(f"{s:.3f} s" for s in dense))
     for kind in first:
-        label = f"{kind[0]}, MLP {kind[1]}" if stem == "flux" else kind[0]
-        print_row(label, str(kinds.count(kind)), *(f"{seconds[kind]:.3f} s" for seconds in ours))
+        print_row(kind, str(kinds.count(kind)), *(f"{seconds[kind]:.3f} s" for seconds in ours))
     dense_totals = [config.steps * s for s in dense]
     totals = [sum(seconds[kind] for kind in kinds) for seconds in ours]
     print_row(f"**all {config.steps}, dense**", "", *(f"{t:.1f} s" for t in dense_totals))

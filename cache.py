@@ -11,8 +11,10 @@ usual merge of two partial softmaxes; so probability can move between the fresh 
 delta="pooled": as "paper", but o_S also attends to the fresh mean of every 64 neighbouring columns, counted as often as
 these have columns outside S. The rest is then small. S is chosen by mass times the distance of v from its block's mean.
 
-MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows: find the hidden columns f whose pre-activation at the
-group's mean token moved most, recompute those, and add (new - old) W2[:, f] to the remembered output.
+MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows:
+
+    measure   out, and S = the hidden columns f that moved most since the full step before, times the norm of W2[:, f]
+    sparse    out += W2[:, S] (gelu(W1[S] x + b1[S]) - what that was)       exact for the columns in S
 
 The plan of steps is a pure function (make_plan), and the caller owns the state (ModelState: one for each generation
 and each guidance branch). Source: arXiv 2506.03275, sections 3 and 4.
@@ -29,6 +31,7 @@ from sparse_kernels import (GROUP, POOL, Pooled, add_columns, attention, attenti
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
 # Steps of 50 to measure at if dense attention costs little: a picture's early steps change fastest.
 EARLY_STEPS = (1, 2, 4, 7, 12, 20, 30, 40)
+SAMPLED = 8                    # every so manieth row of the MLP tells which columns move
 SKIP_PRESETS = ("none", "alternate", "video")
 
 
@@ -38,23 +41,21 @@ class Sparsity:
     attn_keep: float = 0.165         # share of columns kept by mass
     attn_random: float = 0.0         # share kept at random
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
-    mlp_random: float = 0.05
     measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
-    mlp_reuse: int = 2               # after step 10, chosen MLP columns serve this many steps
     skip: tuple | str = ()           # rerun only the final layer at these steps unless they measure; or a SKIP_PRESET
-    delta: str = "paper"             # "pooled" | "mass" | "paper"
+    delta: str = "paper"             # "pooled" | "mass" | "paper" | "none": no sparse steps, all but skipped are dense
+    extrapolate: bool = False        # do skipped steps go on as the last two computed ones did, or repeat the last?
     dense_layers: int = 2            # the first layers are always dense
 
 
 @dataclass(frozen=True)
 class Step:
     index: int
-    attn: str                        # "dense" | "measure" | "sparse" | "skip"
-    mlp: str                         # "dense" (refills the cache) | "choose" columns, then delta | "reuse" | "skip"
+    mode: str                        # "dense" | "measure": dense, and choose what to recompute | "sparse" | "skip"
 
     @property
     def skip(self):
-        return self.attn == "skip"
+        return self.mode == "skip"
 
 
 def fit_steps(sparsity, steps, made_for):
@@ -78,33 +79,27 @@ def make_plan(steps, sparsity):
     """What each of `steps` steps does, for a sparsity that fits them (fit_steps), or None: dense.
     Pure: same arguments, same plan. -> list[Step]
 
-    Attention is dense until the first measure step (which needs the log-sum-exp of a dense step before it), and the MLP
-    is recomputed in full whenever attention is. A measure step is never skipped. If no sparse step follows it, it is
-    merely dense. Raises ValueError if step 0 is to be skipped."""
+    All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
+    attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
+    Raises ValueError if step 0 is to be skipped."""
     if sparsity is None:
-        return [Step(i, "dense", "dense") for i in range(steps)]
+        return [Step(i, "dense") for i in range(steps)]
     if 0 in sparsity.skip:
         raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
     full = set(sparsity.measure) if not isinstance(sparsity.measure, int) else {1, *range(0, steps, sparsity.measure)}
     first = min(full - {0}, default=steps)
     computed = [i for i in range(steps) if i in full or i not in sparsity.skip]
-    sparse = {i for i in computed if i > first and i not in full}
-    plan, age = [Step(i, "skip", "skip") for i in range(steps)], 0
+    sparse = {i for i in computed if i > first and i not in full} if sparsity.delta != "none" else set()
+    plan = [Step(i, "skip") for i in range(steps)]
     for i, following in zip(computed, computed[1:] + [None]):
-        if i in sparse:
-            age += 1                                                 # sparse steps since the last full one
-            reuse = i > 10 and (age - 1) % sparsity.mlp_reuse
-            delta = "reuse" if reuse else "choose"
-            plan[i] = Step(i, "sparse", delta if sparsity.mlp_keep else "dense")
-        else:
-            age = 0
-            plan[i] = Step(i, "measure" if following in sparse else "dense", "dense")
+        full_mode = "measure" if following in sparse else "dense"
+        plan[i] = Step(i, "sparse" if i in sparse else full_mode)
     return plan
 
 
 def until_sparse(plan):
     """The plan's first steps, the first sparse one included: every kernel runs in them."""
-    return plan[:1 + next((step.index for step in plan if step.attn == "sparse"), 0)]
+    return plan[:1 + next((step.index for step in plan if step.mode == "sparse"), 0)]
 
 
 @dataclass
@@ -112,9 +107,9 @@ class LayerState:
     """What one layer remembers. Shapes: N query rows and Nk columns of attention, M rows of the MLP, G groups of 128
     rows, K capacity of a column list, F hidden width."""
     sparsity: Sparsity
-    static: torch.Tensor             # (Nk,) or (G, Nk) bool: attention columns always kept
-    static_most: int                 # of them, the most in any group
     pooled_columns: int              # how many columns, from the first, the blocks of delta="pooled" cover
+    static: torch.Tensor | None      # (Nk,) or (G, Nk) bool: attention columns always kept
+    static_most: int                 # of them, the most in any group
     seed: int
     attn_work: torch.Tensor          # () attentions so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
@@ -124,9 +119,9 @@ class LayerState:
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
     lse_rest: torch.Tensor = None    # (B, H, N), delta="mass" only
     unlisted: torch.Tensor = None    # (B, H, G, M) uint8, delta="pooled" only: a block's columns that are not kept
+    sample: torch.Tensor = None      # (B, M / 8, F) gelu(W1 x + b1) of every 8th row, at the last full step
     act: torch.Tensor = None         # (B, F, M) gelu(W1 x + b1), column after column
     out: torch.Tensor = None         # (B, M, C) W2 act + b2
-    pre: torch.Tensor = None         # (B, G, F) pre-activation of each group's mean token
     mlp_columns: torch.Tensor = None # (B, G, K)
     mlp_counts: torch.Tensor = None  # (B, G)
 
@@ -135,21 +130,37 @@ class LayerState:
 class ModelState:
     """One generation's memory, or one guidance branch's if there are two. A new generation makes a new one."""
     layers: list                     # LayerState, or None for a layer that is always dense
-    hidden: torch.Tensor = None      # (B, N, C) before the final layer, for skipped steps
+    extrapolate: bool                # Sparsity's
+    past: tuple = ()                 # the last computed step, or two: (its number, (B, N, C) before the final layer)
+
+    def remember(self, step, hidden):
+        """What went into the final layer at a computed step."""
+        before = self.past[-1:] if self.extrapolate else ()
+        self.past = *before, (step.index, hidden)
+
+    def recall(self, step):
+        """What would go into the final layer at a skipped step: what did last, or, if extrapolating, as far beyond as
+        the last two computed steps tell."""
+        index, hidden = self.past[-1]
+        if self.extrapolate and len(self.past) == 2:
+            earlier, hidden_then = self.past[0]
+            hidden = hidden + (hidden - hidden_then) * ((step.index - index) / (index - earlier))
+        return hidden
 
 
-def make_state(layers, sparsity, static, seed, pooled_columns=None):
+def make_state(layers, sparsity, pooled_columns, static, seed, device="cpu"):
     """A fresh ModelState for a model of `layers` blocks; None without a sparsity: nothing is remembered.
-    static (Nk,) or (G, Nk) bool: columns always kept. pooled_columns: how many columns, from the first, the blocks of
-    delta="pooled" cover; None: all. Columns behind them must be static."""
+    pooled_columns: how many columns, from the first, the blocks of delta="pooled" cover; those behind them must be
+    static. static (Nk,) or (G, Nk) bool: columns always kept; None: none."""
     if sparsity is None:
         return None
-    most, states = int(static.sum(-1).max()), [None] * min(sparsity.dense_layers, layers)
+    dense = layers if sparsity.delta == "none" else min(sparsity.dense_layers, layers)
+    most, states = 0 if static is None else int(static.sum(-1).max()), [None] * dense
     for i in range(len(states), layers):
-        attn_work, mlp_work = torch.zeros(2, device=static.device)
-        states.append(LayerState(sparsity, static, most, pooled_columns or static.shape[-1],
-                                 (seed * layers + i) % 2**31, attn_work, mlp_work))
-    return ModelState(states)
+        attn_work, mlp_work = torch.zeros(2, device=device)
+        states.append(LayerState(sparsity, pooled_columns, static, most, (seed * layers + i) % 2**31,
+                                 attn_work, mlp_work))
+    return ModelState(states, sparsity.extrapolate)
 
 
 def chipmunk_attention(q, k, v, layer_state, step):
@@ -158,10 +169,10 @@ def chipmunk_attention(q, k, v, layer_state, step):
     if layer_state is None:
         return F.scaled_dot_product_attention(q, k, v)
     s, sparsity = layer_state, layer_state.sparsity
-    if step.attn == "dense":
+    if step.mode == "dense":
         o, s.lse = attention(q, k, v)
         s.attn_work += 1
-    elif step.attn == "measure":
+    elif step.mode == "measure":
         o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
         if sparsity.delta == "pooled":                               # a column counts for what its block's mean misses
             n = s.pooled_columns
@@ -195,24 +206,31 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
     if layer_state is None:
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
     s, sparsity, rows = layer_state, layer_state.sparsity, x.shape[1]
-    if step.mlp == "dense":
-        act = F.gelu(F.linear(x, w1, b1), approximate="tanh")                    # (B, N, F)
-        out = F.linear(act, w2, b2)                                              # (B, N, C)
-        if sparsity.mlp_keep:
+    if step.mode == "sparse" and sparsity.mlp_keep:
+        delta = sparse_mlp_fc1(x, w1, b1, s.mlp_columns, s.mlp_counts, s.act)    # (B, G, K, 128)
+        s.out = sparse_mlp_fc2(delta, w2.t(), s.mlp_columns, s.mlp_counts, s.out)            # (B, N, C)
+        s.mlp_work += rows * _share(s.mlp_counts, w1.shape[0])
+        return s.out
+    act = F.gelu(F.linear(x, w1, b1), approximate="tanh")                        # (B, N, F)
+    out = F.linear(act, w2, b2)                                                  # (B, N, C)
+    s.mlp_work += rows
+    if sparsity.mlp_keep:
+        sample = act[:, ::SAMPLED]                                               # (B, N / 8, F)
+        if step.mode == "measure":
+            moved = movement(sample, s.sample) * w2.norm(dim=0)                  # (B, G, F)
+            columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, _seed(s, step))
+            s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]            # (B, G, K), (B, G)
             s.act, s.out = act.mT.contiguous(), out
-            s.pre = F.linear(block_means(x, rows, GROUP), w1, b1)                # (B, G, F)
-        s.mlp_work += rows
-        return out
-    if step.mlp == "choose":
-        pre = F.linear(block_means(x, rows, GROUP), w1, b1)                      # (B, G, F)
-        moved = (pre - s.pre).abs()[:, None]                                     # (B, 1, G, F)
-        columns, counts = choose_columns(moved, sparsity.mlp_keep, sparsity.mlp_random, None, _seed(s, step))
-        s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]                # (B, G, K), (B, G)
-        s.pre = torch.where(columns_to_mask(s.mlp_columns, s.mlp_counts, pre.shape[-1]), pre, s.pre)
-    delta = sparse_mlp_fc1(x, w1, b1, s.mlp_columns, s.mlp_counts, s.act)        # (B, G, K, 128)
-    s.out = sparse_mlp_fc2(delta, w2.t(), s.mlp_columns, s.mlp_counts, s.out)    # (B, N, C)
-    s.mlp_work += rows * _share(s.mlp_counts, w1.shape[0])
-    return s.out
+        s.sample = sample.clone()
+    return out
+
+
+def movement(now, before):
+    """How far hidden columns moved in each group's sampled rows: root of the sum of squares. (B, M, F) each
+    -> (B, G, F)"""
+    change = (now - before).float().square()
+    per_group = GROUP // SAMPLED
+    return F.pad(change, (0, 0, 0, -change.shape[1] % per_group)).unflatten(1, (-1, per_group)).sum(2).sqrt()
 
 
 def columns_to_mask(columns, counts, n):

@@ -324,10 +324,12 @@ def layer_bytes(sparsity, heads, head_dim, rows, columns, static_most, dtype, ml
     rows of attention see `columns`, static_most of them always; mlp_rows: of an MLP (FLUX's, four times as wide)."""
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
+    if sparsity.delta == "none":
+        return 0
     static, dim = empty(columns, dtype=torch.bool), heads * head_dim
-    layer = LayerState(sparsity, static, static_most, columns, 0, empty(()), empty(()))
+    layer = LayerState(sparsity, columns, static, static_most, 0, empty(()), empty(()))
     q, k = empty(1, heads, rows, head_dim), empty(1, heads, columns, head_dim)
-    for step in Step(0, "dense", "dense"), Step(1, "measure", "dense"), Step(2, "sparse", "choose"):
+    for step in Step(0, "dense"), Step(1, "measure"), Step(2, "sparse"):
         chipmunk_attention(q, k, k, layer, step)
         if mlp_rows and sparsity.mlp_keep:
             chipmunk_mlp(empty(1, mlp_rows, dim), empty(4 * dim, dim), None, empty(dim, 4 * dim), None, layer, step)

@@ -22,7 +22,7 @@ from interrupt import at_ctrl_c
 from sparse_kernels import NO_KERNEL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DELTAS = ("pooled", "mass", "paper")
+DELTAS = ("pooled", "mass", "paper", "none")
 RANGES = {"width": (int, 64, 2048), "height": (int, 64, 2048), "frames": (int, 1, 1001), "fps": (int, 1, 120),
           "steps": (int, 1, 1000), "guidance": (float, 0, 100), "seed": (int, 0, 2**63 - 1)}
 
@@ -111,7 +111,8 @@ def forget_stdout():
 
 
 def run(main):
-    """Call main. A Fail, Ctrl-C, a lack of memory or of a kernel ends in one line on stderr and a non-zero status."""
+    """Call main. A Fail, Ctrl-C, or a lack of memory, a kernel or a compiler ends in one line on stderr and a non-zero
+    exit status."""
     if sys.stdout is not None:                                       # in an encoding that lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is None:                                           # closed; progress bars want one
@@ -133,6 +134,8 @@ def run(main):
         if NO_KERNEL.search(str(error)):
             said = str(error).splitlines()[0]
             sys.exit(f"error: no kernel can do this on this GPU ({said}); try --dtype float32, or --device cpu")
+        if "Failed to find C compiler" in str(error):
+            sys.exit("error: Triton's kernels need a C compiler; install one (gcc or clang), or try --device cpu")
         raise
 
 # ---------------------------------------------------------------------------------------------------------
@@ -209,12 +212,11 @@ def check_sparsity(sparsity, steps):
     for name, kind in ("measure", tuple | int), ("skip", tuple):
         if not isinstance(getattr(sparsity, name), kind):
             raise Fail(f"{name} {getattr(sparsity, name)!r} is no tuple of step numbers like (1, 2, 4)")
-    every = sparsity.measure if isinstance(sparsity.measure, int) else 1
-    if min(every, sparsity.mlp_reuse) < 1:
-        raise Fail(f"measure {every} and mlp_reuse {sparsity.mlp_reuse} count steps: each must be at least 1")
+    if isinstance(sparsity.measure, int) and sparsity.measure < 1:
+        raise Fail(f"measure {sparsity.measure} counts steps: it must be at least 1")
     if sparsity.delta not in DELTAS:
         raise Fail(f"no delta {sparsity.delta!r}; choose from {', '.join(DELTAS)}")
-    for name in ("attn_keep", "attn_random", "mlp_keep", "mlp_random"):
+    for name in ("attn_keep", "attn_random", "mlp_keep"):
         if not 0 <= getattr(sparsity, name) <= 1:
             raise Fail(f"{name} {getattr(sparsity, name)} is not {range_words(float, 0, 1)}")
     if 0 in sparsity.skip:
@@ -407,8 +409,7 @@ def note_idle_flags(args, plan):
 
 
 def show_plan(plan):
-    rows = [f"{step.index:4}  {step.attn:9}  {step.mlp}" for step in plan]
-    say("\n".join(["step  attention  MLP", *rows]))
+    say("\n".join(["step", *(f"{step.index:4}  {step.mode}" for step in plan)]))
 
 # ---------------------------------------------------------------------------------------------------------
 # what a result says and remembers

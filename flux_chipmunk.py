@@ -95,7 +95,7 @@ class Config:
 # Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps
 # change fastest, so ours measures early. The README's table says what that, the delta and the skipped steps do to the
 # picture.
-FLUX_SPARSITY = Sparsity(attn_keep=0.165, attn_random=0.0, mlp_keep=0.30, mlp_random=0.05, delta="mass",
+FLUX_SPARSITY = Sparsity(attn_keep=0.165, attn_random=0.0, mlp_keep=0.30, delta="mass",
                          measure=EARLY_STEPS, skip="alternate")
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
@@ -134,11 +134,10 @@ class Layout(NamedTuple):
     order: torch.Tensor        # (N,) image tokens, nested patches instead of raster
     inverse: torch.Tensor      # (N,) back to raster
     rope: tuple                # cos, sin (T + N, D / 2) float32, text first, image in `order`
-    static: torch.Tensor       # (T + N,) bool: columns that are always recomputed (the text)
 
 
 def make_layout(config, height, width, text_length, device="cpu"):
-    """Token order, RoPE tables and static columns of a `height` x `width` grid of image tokens."""
+    """Token order and RoPE tables of a `height` x `width` grid of image tokens."""
     order = token_order((height, width), (8, 8), (4, 4)).to(device)  # (N,)
     y, x = order // width, order % width
     ids = torch.stack([torch.zeros_like(y), y, x], dim=-1)           # (N, 3): FLUX keeps 0, row, column
@@ -148,8 +147,7 @@ def make_layout(config, height, width, text_length, device="cpu"):
         omega = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)  # (dim / 2,)
         angles.append(ids[:, axis, None] * omega)                    # (T + N, dim / 2)
     angles = torch.cat(angles, dim=-1)                               # (T + N, D / 2)
-    static = torch.arange(len(ids), device=device) < text_length
-    return Layout(order, order.argsort(), (angles.cos().float(), angles.sin().float()), static)
+    return Layout(order, order.argsort(), (angles.cos().float(), angles.sin().float()))
 
 
 def apply_rope(x, rope):
@@ -336,9 +334,9 @@ class Flux(nn.Module):
         if step is None or not step.skip:
             hidden = self.blocks(x, text, vec, layout, state, step)  # (B, N, C)
             if state is not None:
-                state.hidden = hidden
+                state.remember(step, hidden)
         else:                                                        # step caching: only the final layer runs
-            hidden = state.hidden
+            hidden = state.recall(step)
         return self.final_layer(hidden, vec)[:, layout.inverse]
 
     def blocks(self, x, text, vec, layout, state, step):
@@ -641,20 +639,20 @@ def render(prompt, settings, compare=False):
     sigmas = make_sigmas(settings.steps, h * w, config.shift)
     flux = load_part("flux", config, folder, device, dtype)
     flux.lay_out_for_deltas()                                        # also dense, which then is compare's dense half
-    layers = len(flux.double_blocks) + len(flux.single_blocks)
+    layers, tokens = len(flux.double_blocks) + len(flux.single_blocks), config.text_length + h * w
 
     results = []
     for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
         plan = make_plan(settings.steps, sparsity)
         if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
-            state = make_state(layers, sparsity, layout.static, settings.seed)
+            state = make_state(layers, sparsity, tokens, None, settings.seed, device)
             sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
-        state = make_state(layers, sparsity, layout.static, settings.seed)
+        state = make_state(layers, sparsity, tokens, None, settings.seed, device)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)     # (1, N, 4 z)
         seconds = time.perf_counter() - start
-        results.append((x, Report(seconds, *work_done(config.flux, len(layout.static), h * w, plan, state))))
+        results.append((x, Report(seconds, *work_done(config.flux, tokens, h * w, plan, state))))
     del flux, state
 
     autoencoder = load_part("autoencoder", config, folder, device, torch.float32)
@@ -723,11 +721,11 @@ def cache_bytes(config, sparsity, n_text, n_image, dtype):
     """What Chipmunk remembers for n_text and n_image tokens: in each layer the attention's rest and, with deltas, the
     MLP's activations and output; and what enters the final layer."""
     tokens, head_dim = n_text + n_image, config.dim // config.heads
-    total = n_image * config.dim * dtype.itemsize
+    total = (1 + sparsity.extrapolate) * n_image * config.dim * dtype.itemsize
     mlp_rows = [n_image] * config.double_blocks + [tokens] * config.single_blocks
     kinds = Counter(mlp_rows[sparsity.dense_layers:])
     for rows, layers in kinds.items():
-        total += layers * checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, n_text, dtype, rows)
+        total += layers * checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, 0, dtype, rows)
     return total
 
 

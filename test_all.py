@@ -44,7 +44,7 @@ import sparse_kernels as sk
 import text_encoders
 import train_tiny
 import wan_chipmunk
-from cache import (VIDEO_SKIPS, Sparsity, chipmunk_attention, columns_to_mask, fit_steps, make_plan, make_state,
+from cache import (VIDEO_SKIPS, Sparsity, Step, chipmunk_attention, columns_to_mask, fit_steps, make_plan, make_state,
                    skip_preset)
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
@@ -614,20 +614,18 @@ def test_local_windows_are_the_voxels_around_a_group(grid, side):
 
 def test_plan_says_what_every_step_does():
     plan = make_plan(50, Sparsity(measure=10))
-    assert [s.index for s in plan if s.attn == "measure"] == [1, 10, 20, 30, 40]
-    assert [s.index for s in plan if s.attn == "dense"] == [0]
-    assert [s.index for s in plan if s.mlp == "dense"] == [0, 1, 10, 20, 30, 40]
-    assert [plan[i].mlp for i in (2, 3, 9)] == ["choose"] * 3
-    assert [plan[i].mlp for i in (11, 12, 13, 14)] == ["choose", "reuse", "choose", "reuse"]
+    assert [s.index for s in plan if s.mode == "measure"] == [1, 10, 20, 30, 40]
+    assert [s.index for s in plan if s.mode == "dense"] == [0]
     plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10)))         # 8 measures all the same
-    assert [s.attn for s in plan[:4]] == ["dense", "dense", "dense", "measure"]
-    assert [s.attn for s in plan[4:8]] == ["sparse", "skip", "sparse", "sparse"]
-    assert [s.attn for s in plan[8:]] == ["measure", "sparse", "skip", "sparse"]
-    assert [s.mlp for s in plan[7:]] == ["choose", "dense", "choose", "skip", "reuse"]
+    assert [s.mode for s in plan[:4]] == ["dense", "dense", "dense", "measure"]
+    assert [s.mode for s in plan[4:8]] == ["sparse", "skip", "sparse", "sparse"]
+    assert [s.mode for s in plan[8:]] == ["measure", "sparse", "skip", "sparse"]
+    plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10), delta="none"))               # step caching alone
+    assert [s.index for s in plan if s.skip] == [5, 10] and {s.mode for s in plan} == {"dense", "skip"}
     plan = make_plan(6, Sparsity(measure=(1, 2, 4)))
-    assert [s.attn for s in plan] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
-    assert [s.attn for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4      # nothing sparse would follow
-    assert make_plan(1, Sparsity())[0].attn == "dense"
+    assert [s.mode for s in plan] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
+    assert [s.mode for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4      # nothing sparse would follow
+    assert make_plan(1, Sparsity())[0].mode == "dense"
     assert make_plan(50, Sparsity()) == make_plan(50, Sparsity())
     with pytest.raises(ValueError):
         make_plan(5, Sparsity(skip=(0,)))
@@ -640,7 +638,7 @@ def test_presets_fit_any_number_of_steps():
     assert fit_steps(preset, 2, 50).measure == (1,) and fit_steps(preset, 1, 50).measure == (0,)
     assert skip_preset("video", 50) == VIDEO_SKIPS and skip_preset("none", 50) == skip_preset("alternate", 4) == ()
     plan = make_plan(50, fit_steps(hunyuan_chipmunk.CONFIGS["720p"].sparsity, 50, 50))         # the original's
-    assert [s.index for s in plan if s.attn in ("dense", "measure")] == [0, 1, 10, 40]
+    assert [s.index for s in plan if s.mode in ("dense", "measure")] == [0, 1, 10, 40]
     assert [s.index for s in plan if s.skip] == list(VIDEO_SKIPS)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -707,8 +705,10 @@ def block_lists(model):
 
 def fresh_state(model, sparsity, layout):
     layers = sum(map(len, block_lists(model).values()))
-    pooled = len(layout.order) if isinstance(model, hunyuan_chipmunk.Hunyuan) else None        # its text stands behind
-    return make_state(layers, sparsity, layout.static, 0, pooled)
+    pooled = len(layout.order)                                              # a text behind them is static
+    if isinstance(model, flux_chipmunk.Flux):
+        pooled = len(layout.rope[0])                                        # its text stands first
+    return make_state(layers, sparsity, pooled, getattr(layout, "static", None), 0, DEVICE)
 
 
 def run_steps(name, sparsity, grid, text_length, steps, change=True):
@@ -745,7 +745,7 @@ every_size = pytest.mark.parametrize("name, grid, text_length", [
 @pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
 @every_size
 def test_every_column_kept_equals_dense(name, grid, text_length, delta):
-    sparsity = Sparsity(attn_keep=1.0, mlp_keep=1.0, mlp_random=0.0, measure=3, delta=delta, dense_layers=1)
+    sparsity = Sparsity(attn_keep=1.0, mlp_keep=1.0, measure=3, delta=delta, dense_layers=1)
     for dense, ours in run_steps(name, sparsity, grid, text_length, steps=7)[0]:
         assert_near(ours, dense)
 
@@ -761,8 +761,7 @@ def test_nothing_changed_equals_dense(name, grid, text_length, delta):
 def test_pooled_keeps_what_means_miss_and_follows_the_rest():
     sparsity = Sparsity(attn_keep=1 / 256, delta="pooled", measure=(1,), dense_layers=0)
     dense, measure, sparse = make_plan(3, sparsity)
-    static = torch.zeros(256, dtype=torch.bool, device=DEVICE)              # none
-    layer = make_state(1, sparsity, static, seed=0).layers[0]
+    layer = make_state(1, sparsity, 256, None, 0, DEVICE).layers[0]
 
     def alike():
         """Rows that are alike within blocks of POOL."""
@@ -784,7 +783,7 @@ def test_pooled_keeps_what_means_miss_and_follows_the_rest():
 @each_model
 def test_few_columns_are_close_and_more_are_closer(name):
     def error(keep):
-        sparsity = Sparsity(attn_keep=keep, mlp_keep=keep, mlp_random=0.0, measure=10, dense_layers=1)
+        sparsity = Sparsity(attn_keep=keep, mlp_keep=keep, measure=10, dense_layers=1)
         dense, ours = run_steps(name, sparsity, GRID[name], 32, steps=6)[0][-1]
         return ((ours - dense).norm() / dense.norm()).item()
     errors = [error(keep) for keep in (0.05, 0.3, 0.9)]
@@ -796,10 +795,12 @@ def test_static_columns_are_always_kept_and_first_layers_dense(name):
     grid = (8, 8, 16)[-len(GRID[name]):]
     _, state = run_steps(name, Sparsity(attn_keep=0.01, dense_layers=1), grid, 9, steps=3)
     columns = torch.arange(math.prod(grid) + 9, device=DEVICE)
-    text = {"flux": columns < 9, "wan": None, "hunyuan": columns >= math.prod(grid)}[name]     # Wan's: its windows
     assert state.layers[0] is None
     for layer in state.layers[1:]:
-        assert text is None or torch.equal(layer.static, text)
+        if name == "flux":                                                  # its text has to compete
+            assert layer.static is None and layer.counts.max() < 9
+            continue
+        assert name == "wan" or torch.equal(layer.static, columns >= math.prod(grid))          # Wan's: its windows
         kept = columns_to_mask(layer.columns, layer.counts, layer.static.shape[-1])  # (B, H, G, columns)
         assert kept[..., layer.static].all() and layer.static.any()
         assert layer.static.float().mean() <= kept.float().mean() < 0.2
@@ -819,6 +820,16 @@ def test_skipped_step_reruns_the_final_layer_only(name):
     assert later.isfinite().all() and (later - v).norm() > 1e-3 * v.norm()
 
 
+def test_skipped_steps_repeat_the_last_or_go_on_as_the_last_two_did():
+    for extrapolate, expected in (False, 5.0), (True, 8.0):
+        state = make_state(1, Sparsity(delta="none", extrapolate=extrapolate), 4, None, 0)
+        state.remember(Step(3, "dense"), torch.full((1, 4, 2), 7.0))
+        assert (state.recall(Step(9, "skip")) == 7).all()                   # one tells no direction
+        state.remember(Step(4, "dense"), torch.full((1, 4, 2), 3.0))
+        state.remember(Step(6, "dense"), torch.full((1, 4, 2), 5.0))        # 1 more for each step
+        assert (state.recall(Step(9, "skip")) == expected).all()
+
+
 @pytest.mark.parametrize("name, grid, tokens", [
     ("flux", (8, 8), (68, 64)), ("wan", (4, 8, 16), (512, 4)), ("hunyuan", (1, 8, 8), (64, 4))])
 def test_work_done_is_what_was_computed(name, grid, tokens):
@@ -827,7 +838,7 @@ def test_work_done_is_what_was_computed(name, grid, tokens):
         states = [state, state] if name == "wan" else state
         attn, *mlp, saved = PROGRAMS[name].work_done(SMALL[name], *tokens, make_plan(4, sparsity), states)
         return attn, mlp, saved, len(state.layers)
-    everything = Sparsity(attn_keep=1.0, mlp_keep=1.0, mlp_random=0.0, measure=(1,), dense_layers=1)
+    everything = Sparsity(attn_keep=1.0, mlp_keep=1.0, measure=(1,), dense_layers=1)
     attn, mlp, saved, layers = run(everything)
     assert attn == pytest.approx((4 + 5 * (layers - 1)) / (4 * layers))     # a measure step counts 2
     assert mlp == ([pytest.approx(1.0)] if name == "flux" else []) and saved < 0
@@ -852,10 +863,10 @@ def test_wan_keeps_its_two_texts_apart():
     sparsity = Sparsity(attn_keep=0.1, attn_random=0.01, measure=(1,), skip=(4,), dense_layers=1)
     model, (prompt, negative) = random_model("wan"), torch.randn(2, 1, 9, 24, device=DEVICE)
     x, (state, state_negative) = sample_small("wan", model, (4, 8, 8), sparsity, (prompt, negative))
-    assert not torch.equal(state.hidden, state_negative.hidden)
+    assert not torch.equal(state.past[-1][1], state_negative.past[-1][1])
     assert not torch.equal(state.layers[1].o_rest, state_negative.layers[1].o_rest)
     unguided, (state, state_negative) = sample_small("wan", model, (4, 8, 8), sparsity, (prompt, prompt))
-    assert torch.equal(state.hidden, state_negative.hidden) and not torch.equal(unguided, x)   # equal: equal
+    assert torch.equal(state.past[-1][1], state_negative.past[-1][1]) and not torch.equal(unguided, x)   # equal: equal
 
 
 def test_hunyuan_is_sparse_in_the_videos_rows_alone():
@@ -882,7 +893,7 @@ def test_blocks_compile_without_a_graph_break(kind, delta):
     block = (model.double_blocks if kind == "double" else model.single_blocks)[0]
     layout = flux_chipmunk.make_layout(FLUX, 9, 17, 13, DEVICE)
     sparsity = Sparsity(attn_keep=0.2, attn_random=0.05, mlp_keep=0.3, measure=(1, 5, 8), delta=delta, dense_layers=0)
-    ours, theirs = (make_state(1, sparsity, layout.static, seed=0).layers[0] for _ in range(2))
+    ours, theirs = (make_state(1, sparsity, 13 + 9 * 17, None, 0, DEVICE).layers[0] for _ in range(2))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -1933,7 +1944,7 @@ def test_speed_table_adds_up(monkeypatch, capsys, name):
     rows = [[cell.strip(" *") for cell in row.strip("|").split("|")] for row in rows]
     dense, *kinds, all_dense, ours = rows
     assert dense[0] == "of the dense model" and dense[1] == "8"
-    assert sum(int(row[1]) for row in kinds) == 8 and len(kinds) == len({(step.attn, step.mlp) for step in plan})
+    assert sum(int(row[1]) for row in kinds) == 8 and len(kinds) == len({step.mode for step in plan})
     assert all_dense[0] == "all 8, dense" and ours[0] == "all 8, Chipmunk"
     for column in 2, 3:                                                     # eager, compiled
 
@@ -2039,6 +2050,13 @@ def test_where_one_attention_has_no_kernel_the_next_is_tried(call, monkeypatch, 
     outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
     assert f"({said})" in error_of(outcome) and "--dtype float32" in error_of(outcome)
     assert len(outcome[2]) == 1 and "memory" not in error_of(outcome) and not list(tmp_path.iterdir())
+
+
+def test_a_missing_compiler_is_said(call, monkeypatch, tmp_path):
+    said = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
+    monkeypatch.setattr(flux_chipmunk, "sample", failing(RuntimeError(said)))                  # Triton 3.9's words
+    outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
+    assert "need a C compiler; install one" in error_of(outcome) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
@@ -2384,7 +2402,7 @@ def test_caches_need_what_was_estimated(name, delta, mlp_keep):
     grid = GRID[name] if name == "wan" else ODD_GRID[name]                  # an edge of incomplete voxels may keep more
     _, state = run_steps(name, sparsity, grid, 9, 3)
     tokens = {"flux": (9, 9 * 17), "wan": (1, 4 * 8 * 8), "hunyuan": (5 * 6 * 9, 9)}[name]
-    used = sum(checkpoints.remembered_bytes(layer) for layer in state.layers if layer) + state.hidden.nbytes
+    used = sum(checkpoints.remembered_bytes(layer) for layer in state.layers if layer) + state.past[-1][1].nbytes
     used *= 2 if name == "wan" else 1                                       # both texts
     assert used <= PROGRAMS[name].cache_bytes(SMALL[name], sparsity, *tokens, torch.float32) <= 1.01 * used
 

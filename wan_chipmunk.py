@@ -94,9 +94,10 @@ FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion
          "vae": "vae/diffusion_pytorch_model.safetensors"}
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
-# As the original's preset; --measure-steps and --skip-steps choose other steps. The tiny model measures more of its
-# early steps, which change fastest: dense attention costs it little, and the README's table says what that does.
-WAN_SPARSITY = Sparsity(attn_keep=0.10, attn_random=0.01, mlp_keep=0.0, mlp_random=0.0, delta="paper",
+# As the original's branch evals, with our voxels (its master measures every tenth step, with a window of 5 voxels, in
+# raster order). The tiny model measures more of its early steps, which change fastest: dense attention costs it little,
+# and the README's table says what that does.
+WAN_SPARSITY = Sparsity(attn_keep=0.10, attn_random=0.01, mlp_keep=0.0, delta="paper",
                         measure=(1, 10, 40), skip="video")
 
 WAN_VAE = VAEConfig(
@@ -268,9 +269,9 @@ class Wan(nn.Module):
         if step is None or not step.skip:
             hidden = self.run_blocks(x, time, text, layout, state, step)                         # (B, N, C)
             if state is not None:
-                state.hidden = hidden
+                state.remember(step, hidden)
         else:                                                        # step caching: only the final layer runs
-            hidden = state.hidden
+            hidden = state.recall(step)
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)                  # (B, 1, C) each
         out = self.proj_out(modulate(hidden, shift, scale))[:, layout.inverse]                   # (B, N, 4 channels)
         out = out.unflatten(1, (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)).unflatten(-1, (2, 2, -1))
@@ -602,7 +603,8 @@ def render(prompt, settings, compare=False):
     wan = load_part("wan", config, folder, device, dtype)
 
     def make_states(sparsity):
-        return [make_state(config.wan.layers, sparsity, layout.static, settings.seed) for _ in texts]
+        return [make_state(config.wan.layers, sparsity, len(layout.order), layout.static, settings.seed, device)
+                for _ in texts]
 
     results = []
     for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
@@ -679,7 +681,7 @@ def cache_bytes(config, sparsity, window, tokens, dtype):
     static_most = min(tokens, window**3 * GROUP)
     head_dim = config.dim // config.heads
     layer = checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, static_most, dtype)
-    return 2 * ((config.layers - sparsity.dense_layers) * layer + tokens * config.dim * 4)
+    return 2 * ((config.layers - sparsity.dense_layers) * layer + (1 + sparsity.extrapolate) * tokens * config.dim * 4)
 
 
 def work_done(config, tokens, text_length, plan, states):

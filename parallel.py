@@ -195,7 +195,8 @@ def others_alive():
     except RuntimeError as error:
         if cli.out_of_memory(error):
             raise
-        raise cli.Fail(f"another process of this run has ended, or cannot be reached ({str(error).splitlines()[0]})"
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise cli.Fail(f"another process of this run has ended, or cannot be reached ({reason})"
                        ) from None
 
 
@@ -233,8 +234,8 @@ def run(main):
         said, status = traceback.format_exc(), 1
     try:
         first = store().add(f"chipmunk: failed, attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
-    except dist.DistError:                                           # torchrun has ended
-        first = False
+    except dist.DistError:                                           # torchrun has ended: who is first?
+        first = True
     if first and said and sys.__stderr__:
         print(said, file=sys.__stderr__, flush=True)
     os._exit(status)                                                 # whatever a library still waits for

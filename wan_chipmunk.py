@@ -158,7 +158,7 @@ def make_layout(config, grid, window, device="cpu", ranks=None):
         omega = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)           # (n,)
         angles.append(position[:, None] * omega)                     # (N, n)
     ranks = spread(ranks, len(order))
-    own_angles, = own_rows(ranks, torch.cat(angles, dim=-1)[None])        # (1, N, D / 2)
+    own_angles, = own_rows(ranks, torch.cat(angles, dim=-1)[None])   # (1, N, D / 2)
     rope = own_angles[0].cos().float().to(device), own_angles[0].sin().float().to(device)
     static = local_windows(grid, VOXEL, window, order).to(device)
     return Layout(order.to(device), order.argsort().to(device), rope, static, ranks)
@@ -286,7 +286,7 @@ class Wan(nn.Module):
 
     def run_blocks(self, x, time, text, layout, state, step):
         x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))        # (B, C, t, h / 2, w / 2)
-        x, = own_rows(layout.ranks, x.flatten(2).transpose(1, 2)[:, layout.order])                    # (B, N, C)
+        x, = own_rows(layout.ranks, x.flatten(2).transpose(1, 2)[:, layout.order])               # (B, N, C)
         x = x.float()                                                # the residual stream
         text = self.condition_embedder.text_embedder(text)                                       # (B, L, C)
         time = self.condition_embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))            # (B, 6, C)
@@ -550,8 +550,8 @@ def make_noise(z, frames, height, width, seed):
 def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None, ranks=None):
     """UniPC from noise x (B, z, t, h, w) to latents. texts: of the prompt and of the negative prompt,
     (B, L, text_dim) each, and states: a ModelState for each. plan: an iterable of Step; dense without plan and states.
-    ranks: from parallel.start; if it has a branch, texts and states are that one's alone. Raises Fail at NaN or infinity,
-    a step later. -> (B, z, t, h, w)"""
+    ranks: from parallel.start; if it has a branch, texts and states are that one's alone. Raises Fail at NaN or
+    infinity, a step later. -> (B, z, t, h, w)"""
     sigmas, timesteps = schedule
     states = states or (None, None)
     past, before, checked = [], None, None                           # past: the last two predictions of the video

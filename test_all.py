@@ -2942,7 +2942,7 @@ def check(x, part, *args, check=cli.check_finite):
 cli.check_finite = check
 parallel.run(flux_chipmunk.main)
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "program.py",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py",
                f"--prompt={PROMPT}", "--device=cpu", "--width=64", "--height=64",
                f"--steps={1000 if fault else 4}", "--out=a.png"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

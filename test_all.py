@@ -2772,12 +2772,19 @@ def test_quantised_files_are_recognised(call, tmp_path):
 
 
 def run_several(size, work, folder):
-    """work(rank) in `size` processes that torchrun seems to have started; this one keeps their store. What they print
-    is in folder / "0.out", "0.err", ... -> their exit codes"""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": store.port, "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": 0,
-           "TORCHELASTIC_USE_AGENT_STORE": True}
+    """work(rank) in `size` processes that torchrun seems to have started, beside one that keeps their store. What they
+    print is in folder / "0.out", "0.err", ... -> their exit codes"""
+    context = mp.get_context("fork")                                        # nothing is imported again
+    ours, theirs = context.Pipe()
+
+    def keep_store():                                                       # not here: threads do not survive a fork
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        theirs.send(store.port)
+        theirs.recv()
+    keeper = context.Process(target=keep_store)
+    keeper.start()
+    env = {"WORLD_SIZE": size, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ours.recv(),
+           "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
 
     def one(rank):
         os.environ |= {name: str(value) for name, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}
@@ -2785,17 +2792,21 @@ def run_several(size, work, folder):
         sys.stderr = sys.__stderr__ = open(folder / f"{rank}.err", "w")
         torch.set_grad_enabled(False)
         parallel.run(lambda: work(rank))
-    context = mp.get_context("fork")                                        # nothing is imported again
     processes = [context.Process(target=one, args=(rank,)) for rank in range(size)]
     for process in processes:
         process.start()
     for process in processes:
+        process.join(300)
+        process.kill()                                                      # what hangs has failed
         process.join()
+    ours.send("end")
+    keeper.join()
     return [process.exitcode for process in processes]
 
 
 @pytest.mark.parametrize("n, parts, multiple, first", [
-    (4608, 4, 128, 0), (4608, 5, 128, 0), (1088, 3, 128, 64), (17, 4, 128, 2), (24, 5, 1, 0), (40, 3, 1, 0), (3, 3, 1, 0)])
+    (4608, 4, 128, 0), (4608, 5, 128, 0), (1088, 3, 128, 64), (17, 4, 128, 2), (24, 5, 1, 0), (40, 3, 1, 0), (3, 3, 1, 0),
+])
 def test_sequences_are_cut_evenly_and_at_groups_alone(n, parts, multiple, first):
     sizes = parallel.split(n, parts, multiple, first)
     ends = np.cumsum(sizes)
@@ -2945,7 +2956,7 @@ parallel.run(flux_chipmunk.main)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py",
                f"--prompt={PROMPT}", "--device=cpu", "--width=64", "--height=64",
                f"--steps={1000 if fault else 4}", "--out=a.png"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     if fault is None:
         assert run.returncode == 0 and (tmp_path / "a.png").exists() and len(run.stdout.splitlines()) == 2, run.stderr
         return

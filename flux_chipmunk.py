@@ -781,7 +781,7 @@ def main():
     args, settings = cli.parse(parser, CONFIGS)
     out = args.out or Path("flux.png")
     ranks = parallel.start(settings.device, CONFIGS[settings.model].flux.heads)
-    if ranks is None or ranks.first:
+    if ranks is None or ranks.first:                                 # who writes
         media.check_out(out, (".png",))
 
     start = time.perf_counter()

@@ -820,7 +820,7 @@ def main():
     suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
     out = args.out or Path("hunyuan" + suffixes[0])
     ranks = parallel.start(settings.device, CONFIGS[settings.model].hunyuan.heads)
-    if ranks is None or ranks.first:
+    if ranks is None or ranks.first:                                 # who writes
         media.check_out(out, suffixes)
 
     start = time.perf_counter()

@@ -2,16 +2,16 @@
 
     torchrun --nproc_per_node 4 hunyuan_chipmunk.py --model 720p --prompt "..."
 
-Each process holds all weights, some rows (tokens) of the sequence, and some heads of attention:
+Each holds all weights, some rows (tokens) of the sequence, and some heads of attention (DeepSpeed-Ulysses, arXiv
+2309.14509):
 
     own rows, all heads   --all-to-all-->   all rows, own heads   --all-to-all-->   own rows, all heads
     linears, norms, MLPs                    attention                               linears, norms, MLPs
 
-So attention and what Chipmunk remembers of it work as in one process, on fewer heads, and every result is the same. All
-processes know the latents and move them alike. Rank 0 decodes and writes. A model calls `own_rows` once, `scatter_heads` and
-`gather_heads` around attention, and `gather_rows` at its end; with ranks=None, one process, these change nothing.
-
-DeepSpeed-Ulysses, arXiv 2309.14509.
+So attention, and what Chipmunk remembers of it, are as in one process but for the number of heads, and the result is
+the same. All processes know the latents and move them alike. Rank 0 decodes and writes. A model calls `own_rows` before
+its blocks, `scatter_heads` and `gather_heads` around attention, and `gather_rows` at its end. With ranks=None, one
+process, these change nothing.
 """
 import math
 import os
@@ -37,7 +37,8 @@ class Ranks:
     first: bool                          # is it the first of all processes?
     heads: tuple                         # of attention, of each rank
     rows: tuple = ()                     # of the sequence, of each rank
-    branch: int | None = None            # Wan: which guidance branch this group computes; None: both
+    branches: int = 1                    # 2: another group computes the other guidance branch (Wan),
+    branch: int = 0                      # and this group this one
     watch: Callable = nullcontext        # entered around every all-to-all, to time it
 
 # ---------------------------------------------------------------------------------------------------------
@@ -118,13 +119,13 @@ def gather_rows(ranks, x, first, n):
 
 
 def own_branches(ranks, branches):
-    """Those of a list's two guidance branches that this process computes. -> list"""
-    return branches if ranks is None or ranks.branch is None else branches[ranks.branch:ranks.branch + 1]
+    """Those of two guidance branches, a list, that this process computes: both or one."""
+    return branches[ranks.branch::ranks.branches] if ranks else branches
 
 
 def both_branches(ranks, results):
-    """The results of both, if this process has computed one. Its counterpart in the other group has the other."""
-    if ranks is None or ranks.branch is None:
+    """The results of both branches. If this process has one, its counterpart in the other group has the other."""
+    if len(results) == 2:
         return results
     x, size = results[0], len(ranks.heads)
     partners = [rank % size == ranks.rank for rank in range(2 * size)]
@@ -138,7 +139,7 @@ def add_up_work(ranks, states):
     layers = [layer for state in states if state for layer in state.layers if layer]
     if ranks is None or not layers:
         return
-    share = ranks.heads[ranks.rank] / sum(ranks.heads) / (1 if ranks.branch is None else 2)
+    share = ranks.heads[ranks.rank] / sum(ranks.heads) / ranks.branches          # of the model's heads
     work = torch.stack([torch.stack([layer.attn_work * share, layer.mlp_work]) for layer in layers])  # (layers, 2)
     with others_alive():
         dist.all_reduce(work)
@@ -161,30 +162,29 @@ def start(device, heads, branches=1):
     if not several():
         return None
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    halves = branches == 2 and size % 2 == 0
-    sharing = size // 2 if halves else size
+    groups = branches if size % branches == 0 else 1
+    sharing = size // groups
     if sharing > heads:
         more = f", or an even number up to {2 * heads}" if branches == 2 else ""
         raise cli.Fail(f"{size} processes cannot share {heads} heads; start 1 to {heads}{more}")
     if device.type == "cuda" and device.index != int(os.environ["LOCAL_RANK"]):
         raise cli.Fail(f"--device {device} is one GPU for all processes; leave the number out")
     with others_alive():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None)
-        group = dist.new_subgroups(sharing)[0] if halves else dist.group.WORLD
-    return Ranks(group, rank % sharing, rank == 0, split(heads, sharing), branch=rank // sharing if halves else None)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        group = dist.new_subgroups(sharing)[0]
+    return Ranks(group, rank % sharing, rank == 0, split(heads, sharing), branches=groups, branch=rank // sharing)
 
 
 def leave(ranks):
     """Part from the other processes, when nothing is left to do together. -> is this the one that goes on?"""
-    if ranks is not None:
+    if ranks:
         dist.destroy_process_group()
     return ranks is None or ranks.first
 
 
 def cache_share(ranks):
     """Which share of one process's caches this one needs, at most."""
-    return 1 if ranks is None else max(ranks.heads) / sum(ranks.heads) / (1 if ranks.branch is None else 2)
+    return max(ranks.heads) / sum(ranks.heads) / ranks.branches if ranks else 1
 
 
 @contextmanager
@@ -196,8 +196,7 @@ def others_alive():
         if cli.out_of_memory(error):
             raise
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise cli.Fail(f"another process of this run has ended, or cannot be reached ({reason})"
-                       ) from None
+        raise cli.Fail(f"another process of this run has ended, or cannot be reached ({reason})") from None
 
 
 def store():

@@ -726,7 +726,7 @@ def main():
     suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
     out = args.out or Path("wan" + suffixes[0])
     ranks = parallel.start(settings.device, CONFIGS[settings.model].wan.heads, branches=2)
-    if ranks is None or ranks.first:
+    if ranks is None or ranks.first:                                 # who writes
         media.check_out(out, suffixes)
 
     start = time.perf_counter()

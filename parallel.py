@@ -16,6 +16,7 @@ process, these change nothing.
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -200,20 +201,31 @@ def others_alive():
 
 
 def store():
-    """torchrun's key-value store, which outlives the processes."""
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
+    """torchrun's key-value store, which outlives the processes. -> it, with keys of this attempt alone"""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
+    return dist.PrefixStore(f"chipmunk {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 @contextmanager
 def one_a_machine_first(ranks):
-    """The body runs in one process of each machine, then in its others. So what it downloads is there for them."""
-    key = ranks and f"chipmunk: {os.environ['GROUP_RANK']} is ready, attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    if ranks and os.environ["LOCAL_RANK"] != "0":
-        with others_alive():
-            store().wait([key], timedelta(days=1))
-    yield
-    if ranks and os.environ["LOCAL_RANK"] == "0":
-        store().set(key, "")
+    """The body runs in one process of each machine. When all machines are through, it runs in the others: what it
+    downloads is there for them. No collective waits for a download, which may take hours. Raises Fail if one failed."""
+    if ranks is None:
+        yield
+        return
+    one = os.environ["LOCAL_RANK"] == "0"
+    if one:
+        yield
+    with others_alive():
+        shared, machines = store(), int(os.environ["GROUP_WORLD_SIZE"])
+        if one:
+            shared.set(os.environ["GROUP_RANK"], "ready")
+        while not shared.check([str(machine) for machine in range(machines)]):
+            if shared.check(["failed"]):
+                raise RuntimeError("it said why")
+            time.sleep(0.1)
+    if not one:
+        yield
 
 
 def run(main):
@@ -232,7 +244,7 @@ def run(main):
     except Exception:
         said, status = traceback.format_exc(), 1
     try:
-        first = store().add(f"chipmunk: failed, attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+        first = store().add("failed", 1) == 1
     except dist.DistError:                                           # torchrun has ended: who is first?
         first = True
     if first and said and sys.__stderr__:

@@ -2783,8 +2783,8 @@ def run_several(size, work, folder):
         theirs.recv()
     keeper = context.Process(target=keep_store)
     keeper.start()
-    env = {"WORLD_SIZE": size, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ours.recv(),
-           "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
+    env = {"WORLD_SIZE": size, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": ours.recv(), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
 
     def one(rank):
         os.environ |= {name: str(value) for name, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}
@@ -2952,6 +2952,27 @@ def test_a_process_that_fails_or_is_killed_ends_all_in_one_line(tmp_path, fault,
     assert all(statuses) and not (tmp_path / "a.mp4").exists()
     said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(3))
     assert said.startswith(says) and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_process_of_each_machine_goes_first(tmp_path, fails):
+    def work(rank):
+        os.environ |= {"LOCAL_RANK": str(rank % 2), "GROUP_RANK": str(rank // 2), "GROUP_WORLD_SIZE": "2"}
+        ranks = parallel.start(CPU, 4)
+        with parallel.one_a_machine_first(ranks):
+            there = sorted(file.stem for file in tmp_path.glob("*.there"))
+            if rank == 2:
+                time.sleep(1)                                               # its machine takes longer
+                if fails:
+                    raise cli.Fail("no network")
+            (tmp_path / f"{rank}.there").touch()
+        (tmp_path / f"{rank}.seen").write_text(" ".join(there))
+        parallel.leave(ranks)
+    assert run_several(4, work, tmp_path) == [int(fails)] * 4
+    for rank in () if fails else (1, 3):
+        assert {"0", "2"} <= set((tmp_path / f"{rank}.seen").read_text().split())
+    said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(4))
+    assert said == ("error: no network\n" if fails else "")
 
 
 @pytest.mark.parametrize("fault", [None, "os.kill(os.getpid(), signal.SIGKILL)"])

@@ -2784,7 +2784,8 @@ def run_several(size, work, folder):
     keeper = context.Process(target=keep_store)
     keeper.start()
     env = {"WORLD_SIZE": size, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
-           "MASTER_PORT": ours.recv(), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
+           "MASTER_PORT": ours.recv(), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": 0,
+           "TORCHELASTIC_USE_AGENT_STORE": True}
 
     def one(rank):
         os.environ |= {name: str(value) for name, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}

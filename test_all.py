@@ -2887,8 +2887,9 @@ def test_several_processes_compute_what_one_does(monkeypatch, tmp_path, name, si
 def test_several_processes_draw_what_one_does_and_one_speaks(call, monkeypatch, tmp_path, name, size):
     suffix = ".png" if name == "flux" else ".mp4"
     monkeypatch.chdir(tmp_path)
-    _, printed, errors = call(name, out=f"one{suffix}", **SHORT[name], **SPARSE)
-    argv = [*sys.argv, f"--out=several{suffix}", "--fps=99999"][:-1]
+    settings = SHORT[name] | SPARSE | {"height": 65}
+    _, printed, (note,) = call(name, out=f"one{suffix}", **settings)
+    argv = [*sys.argv, f"--out=several{suffix}"]
 
     def work(rank):
         sys.argv = argv
@@ -2899,6 +2900,8 @@ def test_several_processes_draw_what_one_does_and_one_speaks(call, monkeypatch, 
     assert run_several(size, work, tmp_path) == [0] * size
     said = (tmp_path / "0.out").read_text()
     assert re.sub(r"[\d.]+ s\n", "", said) == re.sub(r"[\d.]+ s\n", "", printed.replace("one.", "several."))
+    assert note == "note: height 65 rounded to 64, a multiple of 16"
+    assert (tmp_path / "0.err").read_text().startswith(note)
     for rank in range(1, size):
         assert not (tmp_path / f"{rank}.out").read_text() and not (tmp_path / f"{rank}.err").read_text()
         assert not list((tmp_path / f"{rank}").iterdir())

@@ -4,6 +4,7 @@
                                (sooner with --captions 20, or with --preset for the model's preset alone)
     python bench.py speed      how long the steps of FLUX.1-dev take, dense and with Chipmunk (on a GPU)
     python bench.py kernels    how fast the kernels are on this GPU, against the framework's fastest dense ones
+    torchrun --nproc_per_node 2 bench.py speed     how long the steps take on several GPUs, and what their talk takes
 
 score and speed take --model wan and --model hunyuan as well. score draws captions whose combination of colour, shape
 and relation or motion was held out of training, and looks for what they ask for in the pixels (scenes.py).
@@ -16,10 +17,12 @@ import argparse
 import random
 import re
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from statistics import mean, median
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -30,6 +33,7 @@ import cli
 import flux_chipmunk
 import hunyuan_chipmunk
 import media
+import parallel
 import wan_chipmunk
 from cache import columns_to_mask, fit_steps, make_plan, make_state
 from scenes import check, check_videos, make_moving_scene, make_scene, shape_masks, turned_shapes
@@ -54,13 +58,14 @@ def where(device):
     return f"{name}, torch {torch.__version__}"
 
 # ---------------------------------------------------------------------------------------------------------
-# sampling: noise and texts of a batch -> latents; dense without a sparsity. watch(plan) -> the plan's steps, one by one
+# sampling: noise and texts of a batch -> latents; dense without a sparsity. watch(plan) -> the plan's steps, one by
+# one; ranks: from parallel.start
 
 
-def sample_flux(flux, noise, text, pooled, config, sparsity, seed, watch=iter):
+def sample_flux(flux, noise, text, pooled, config, sparsity, seed, watch=iter, ranks=None):
     """noise (B, z, 2h, 2w) -> latents, likewise."""
     h, w = (side // 2 for side in noise.shape[-2:])
-    layout = flux_chipmunk.make_layout(config.flux, h, w, text.shape[1], noise.device)
+    layout = flux_chipmunk.make_layout(config.flux, h, w, text.shape[1], noise.device, ranks)
     sigmas = flux_chipmunk.make_sigmas(config.steps, h * w, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
     layers, tokens = len(flux.double_blocks) + len(flux.single_blocks), text.shape[1] + h * w
@@ -70,21 +75,23 @@ def sample_flux(flux, noise, text, pooled, config, sparsity, seed, watch=iter):
     return flux_chipmunk.unpatchify(x, h, w)
 
 
-def sample_wan(wan, noise, texts, config, sparsity, seed, watch=iter):
+def sample_wan(wan, noise, texts, config, sparsity, seed, watch=iter, ranks=None):
     """noise (B, z, t, 2h, 2w), texts of the prompts and of the negative prompt -> latents, shaped as the noise."""
     t, h, w = noise.shape[2:]
-    layout = wan_chipmunk.make_layout(config.wan, (t, h // 2, w // 2), config.window, noise.device)
+    layout = wan_chipmunk.make_layout(config.wan, (t, h // 2, w // 2), config.window, noise.device, ranks)
+    texts = parallel.own_branches(ranks, texts)
     schedule = wan_chipmunk.make_schedule(config.steps, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
     states = [make_state(len(wan.blocks), sparsity, len(layout.order), layout.static, seed, noise.device)
               for _ in texts]
-    return wan_chipmunk.sample(wan, noise, texts, config.guidance, schedule, layout, plan, states)
+    return wan_chipmunk.sample(wan, noise, texts, config.guidance, schedule, layout, plan, states, ranks)
 
 
-def sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, seed, watch=iter):
+def sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, seed, watch=iter, ranks=None):
     """noise (B, z, t, 2h, 2w), text without padding -> latents, shaped as the noise."""
     t, h, w = noise.shape[2:]
-    layout = hunyuan_chipmunk.make_layout(config.hunyuan, (t, h // 2, w // 2), text.shape[1], noise.device)
+    grid = t, h // 2, w // 2
+    layout = hunyuan_chipmunk.make_layout(config.hunyuan, grid, text.shape[1], noise.device, ranks)
     sigmas = hunyuan_chipmunk.make_sigmas(config.steps, config.shift)
     plan = watch(make_plan(config.steps, sparsity))
     layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
@@ -224,13 +231,13 @@ def with_random_weights(make_model, device, float32=()):
 
 
 def random_flux(config, device):
-    """-> the model, and sample(sparsity, watch)"""
+    """-> the model, and sample(sparsity, watch, ranks)"""
     flux = with_random_weights(flux_chipmunk.parts(config)["flux"], device)
     flux.lay_out_for_deltas()
     side = config.size // 8
     shapes = (config.autoencoder.z, side, side), (config.text_length, config.flux.text_dim), (config.flux.pooled_dim,)
     inputs = [torch.randn(1, *shape, device=device, dtype=torch.bfloat16) for shape in shapes]
-    return flux, lambda sparsity, watch: sample_flux(flux, *inputs, config, sparsity, 0, watch)
+    return flux, lambda sparsity, *how: sample_flux(flux, *inputs, config, sparsity, 0, *how)
 
 
 def random_wan(config, device):
@@ -238,7 +245,7 @@ def random_wan(config, device):
     shape = config.wan.channels, config.frames // 4 + 1, config.height // 8, config.width // 8
     noise = torch.randn(1, *shape, device=device)
     texts = torch.randn(2, 1, config.text_length, config.wan.text_dim, device=device, dtype=torch.bfloat16)
-    return wan, lambda sparsity, watch: sample_wan(wan, noise, texts, config, sparsity, 0, watch)
+    return wan, lambda sparsity, *how: sample_wan(wan, noise, texts, config, sparsity, 0, *how)
 
 
 def random_hunyuan(config, device):
@@ -247,15 +254,18 @@ def random_hunyuan(config, device):
     noise = torch.randn(1, *shape, device=device)
     text = torch.randn(1, config.text_length, config.hunyuan.text_dim, device=device, dtype=torch.bfloat16)
     pooled = torch.randn(1, config.hunyuan.pooled_dim, device=device, dtype=torch.bfloat16)
-    return hunyuan, lambda sparsity, watch: sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, 0, watch)
+    return hunyuan, lambda sparsity, *how: sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, 0, *how)
 
 
-def step_seconds(sample, sparsity, steps):
+def now():
+    """Seconds, when the GPU has done all it was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def step_seconds(sample, sparsity, steps, ranks):
     """How long each of the first steps of a run takes, once a run before it has compiled all kernels. -> [seconds]"""
-    def now():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
     seconds = []
 
     def watch(plan):
@@ -265,8 +275,37 @@ def step_seconds(sample, sparsity, steps):
             seconds.append(now() - start)
     for _ in range(2):
         seconds.clear()
-        sample(sparsity, watch)
+        sample(sparsity, watch, ranks)
     return seconds
+
+
+def collective_seconds(sample, sparsity, steps, ranks):
+    """How long each of the first steps of a run talks to the other processes, or waits for the slowest. -> [seconds]"""
+    seconds = []
+
+    @contextmanager
+    def timed():
+        start = now()
+        yield
+        seconds[-1] += now() - start
+
+    def watch(plan):
+        for step in plan[:steps]:
+            seconds.append(0.0)
+            yield step
+    sample(sparsity, watch, ranks and replace(ranks, watch=timed))
+    return seconds
+
+
+def peak_memory(device):
+    """Most bytes that tensors took on any of the GPUs since the last call; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    if dist.is_initialized():
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return peak.item()
 
 
 REAL = {"flux": (flux_chipmunk, "dev", random_flux), "wan": (wan_chipmunk, "1.3b", random_wan),
@@ -279,31 +318,46 @@ def speed(args):
         raise cli.Fail("python bench.py speed needs a GPU: the real models take hours on a CPU")
     program, name, _ = REAL[args.model]
     config = program.CONFIGS[name]
-    if args.model == "hunyuan":
-        config = replace(config, frames=33)                          # most GPUs cannot hold the caches of 129 frames
-    speed_table(args.model, name, config, device)
+    if args.frames or args.model == "hunyuan":
+        config = replace(config, frames=args.frames or 33)           # most GPUs cannot hold the caches of 129 frames
+    heads = getattr(config, args.model).heads
+    ranks = parallel.start(device, heads, branches=2 if args.model == "wan" else 1)
+    torch.manual_seed(0)                                             # the same weights in all processes
+    speed_table(args.model, name, config, device, ranks)
+    parallel.leave(ranks)
 
 
 @torch.no_grad()
-def speed_table(stem, name, config, device):
+def speed_table(stem, name, config, device, ranks=None):
     """Time the steps of a model with random weights, eager and compiled, and print what 50 of them take."""
     model, sample = REAL[stem][2](config, device)
     sparsity = fit_steps(config.sparsity, config.steps, config.steps)
     kinds = [step.mode for step in make_plan(config.steps, sparsity)]
     first = {kind: kinds.index(kind) for kind in kinds}
     shown = max(first.values()) + 2                                  # one step more than shows every kind
-    dense, ours = [], []                                             # eager, compiled: seconds; {kind: seconds}
+    dense, ours, peaks = [], [], []                                  # eager, compiled: seconds; {kind: seconds}; bytes
+
+    def medians(seconds):
+        return {kind: median([s for k, s in zip(kinds, seconds) if k == kind]) for kind in first}
     for compiled in False, True:
         if compiled:
             for path, module in model.named_modules():
                 if re.search(r"blocks\.\d+$", path):
                     module.compile()
-        dense.append(median(step_seconds(sample, None, 4)))
-        taken = list(zip(kinds, step_seconds(sample, sparsity, shown)))
-        ours.append({kind: median([s for k, s in taken if k == kind]) for kind in first})
+        peak_memory(device)
+        dense.append(median(step_seconds(sample, None, 4, ranks)))
+        peaks.append(peak_memory(device))
+        ours.append(medians(step_seconds(sample, sparsity, shown, ranks)))
+        peaks.append(peak_memory(device))
+    columns, count = ["eager", "compiled"], 1
+    if ranks:
+        columns, count = [*columns, "compiled, in collectives"], dist.get_world_size()
+        dense.append(median(collective_seconds(sample, None, 4, ranks)))
+        ours.append(medians(collective_seconds(sample, sparsity, shown, ranks)))
 
     size = f"{config.width}x{config.height}" + (f"x{config.frames}" if stem != "flux" else "")
-    print_header(f"{stem} {name}, {size}, a step", f"of {config.steps}", "eager", "compiled")
+    gpus = f"{count} GPUs, " if ranks else ""
+    print_header(f"{stem} {name}, {size}, {gpus}a step", f"of {config.steps}", *columns)
     print_row("of the dense model", str(config.steps), *(f"{s:.3f} s" for s in dense))
     for kind in first:
         print_row(kind, str(kinds.count(kind)), *(f"{seconds[kind]:.3f} s" for seconds in ours))
@@ -312,7 +366,8 @@ def speed_table(stem, name, config, device):
     print_row(f"**all {config.steps}, dense**", "", *(f"{t:.1f} s" for t in dense_totals))
     print_row(f"**all {config.steps}, Chipmunk**", "",
               *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense_totals, totals)))
-    cli.say(f"\n({where(device)}, bfloat16, random weights)")
+    memory = ", ".join(f"{name} {peak / 1e9:.1f} GB" for name, peak in zip(("dense", "Chipmunk"), peaks))
+    cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: {memory})")
 
 # ---------------------------------------------------------------------------------------------------------
 # kernels
@@ -441,10 +496,12 @@ def main():
     parser.add_argument("--model", choices=list(DRAW), default="flux", help="of score and speed (default: flux)")
     parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200, help="of score (default: 200)")
     parser.add_argument("--preset", action="store_true", help="of score: dense and the model's preset alone")
+    parser.add_argument("--frames", type=cli.number(*cli.RANGES["frames"]),
+                        help="of speed for videos (default: the model's, but 33 of hunyuan's 129)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     {"score": score, "speed": speed, "kernels": kernels}[args.table](args)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    parallel.run(main)

@@ -203,7 +203,7 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
     """W2 gelu(W1 x + b1) + b2, with x (B, N, C), w1 (F, C), w2 (C, F): dense without layer_state, else as `step` says.
     -> (B, N, C), which the next step updates in place: use it before then. On a GPU w2 must be stored column after
     column (Flux.lay_out_for_deltas)."""
-    if layer_state is None:
+    if layer_state is None or x.shape[1] == 0:                       # one of several GPUs may have no rows of a picture
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
     s, sparsity, rows = layer_state, layer_state.sparsity, x.shape[1]
     if step.mode == "sparse" and sparsity.mlp_keep:

@@ -243,6 +243,8 @@ def pick_device(text):
     """cpu or a CUDA GPU -> torch.device. Raises Fail if it is not there."""
     try:
         device = torch.device(text)
+        if device.type == "cuda" and device.index is None and "TORCHELASTIC_RUN_ID" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))       # torchrun's processes have one each
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         if out_of_memory(error):

@@ -38,7 +38,10 @@ from tqdm import tqdm
 import checkpoints
 import cli
 import media
+import parallel
 from cache import EARLY_STEPS, Sparsity, chipmunk_attention, chipmunk_mlp, make_plan, make_state, until_sparse
+from parallel import Ranks, gather_heads, gather_rows, scatter_heads
+from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
                            load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -134,10 +137,12 @@ class Layout(NamedTuple):
     order: torch.Tensor        # (N,) image tokens, nested patches instead of raster
     inverse: torch.Tensor      # (N,) back to raster
     rope: tuple                # cos, sin (T + N, D / 2) float32, text first, image in `order`
+    ranks: Ranks | None        # several GPUs: who has which rows in double blocks,
+    single_ranks: Ranks | None # and in single blocks, whose groups start at the text
 
 
-def make_layout(config, height, width, text_length, device="cpu"):
-    """Token order and RoPE tables of a `height` x `width` grid of image tokens."""
+def make_layout(config, height, width, text_length, device="cpu", ranks=None):
+    """Token order and RoPE tables of a `height` x `width` grid of image tokens; ranks: from parallel.start."""
     order = token_order((height, width), (8, 8), (4, 4)).to(device)  # (N,)
     y, x = order // width, order % width
     ids = torch.stack([torch.zeros_like(y), y, x], dim=-1)           # (N, 3): FLUX keeps 0, row, column
@@ -147,7 +152,9 @@ def make_layout(config, height, width, text_length, device="cpu"):
         omega = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)  # (dim / 2,)
         angles.append(ids[:, axis, None] * omega)                    # (T + N, dim / 2)
     angles = torch.cat(angles, dim=-1)                               # (T + N, D / 2)
-    return Layout(order, order.argsort(), (angles.cos().float(), angles.sin().float()))
+    rows = text_length + height * width
+    return Layout(order, order.argsort(), (angles.cos().float(), angles.sin().float()),
+                  parallel.spread(ranks, rows, GROUP, text_length % GROUP), parallel.spread(ranks, rows, GROUP))
 
 
 def apply_rope(x, rope):
@@ -239,8 +246,8 @@ class DoubleBlock(nn.Module):
         self.txt_attn = SelfAttention(config.dim, config.heads)
         self.txt_mlp = make_mlp(config.dim)
 
-    def forward(self, txt, img, vec, rope, layer_state, step):
-        """txt (B, T, C), img (B, N, C), vec (B, C) -> txt, img."""
+    def forward(self, txt, img, vec, rope, layer_state, step, ranks=None):
+        """txt (B, T, C), img (B, N, C), vec (B, C) -> txt, img; with ranks, this process's rows of them."""
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
 
@@ -249,8 +256,9 @@ class DoubleBlock(nn.Module):
         txt_heads = split_heads(txt_qkv, self.heads, self.txt_attn.norm)
         img_heads = split_heads(img_qkv, self.heads, self.img_attn.norm)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads)) # (B, H, T + N, D) each
+        q, k, v = scatter_heads(ranks, q, k, v)
         o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, layer_state, step)
-        o = o.transpose(1, 2).flatten(2)                                         # (B, T + N, C)
+        o = gather_heads(ranks, o).transpose(1, 2).flatten(2)                    # (B, T + N, C)
         txt_o, img_o = o.split([txt.shape[1], img.shape[1]], dim=1)
 
         txt = txt + txt_gate1 * self.txt_attn.proj(txt_o)
@@ -275,8 +283,8 @@ class SingleBlock(nn.Module):
         self.norm = QKNorm(config.dim // config.heads)
         self.modulation = Modulation(config.dim, 3)
 
-    def forward(self, x, vec, rope, layer_state, step):
-        """x (B, T + N, C), vec (B, C) -> x."""
+    def forward(self, x, vec, rope, layer_state, step, ranks=None):
+        """x (B, T + N, C), vec (B, C) -> x; with ranks, this process's rows of it."""
         shift, scale, gate = self.modulation(vec)
         h = modulate(x, shift, scale)
         w1, b1, w2, b2 = self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
@@ -284,9 +292,9 @@ class SingleBlock(nn.Module):
             qkv, mlp = self.linear1(h).split([3 * self.dim, 4 * self.dim], dim=-1)
         else:                                                        # apart, for the delta; b2 is added once, below
             qkv = F.linear(h, w1[:3 * self.dim], b1[:3 * self.dim])  # (B, T + N, 3C)
-        q, k, v = split_heads(qkv, self.heads, self.norm)
+        q, k, v = scatter_heads(ranks, *split_heads(qkv, self.heads, self.norm))
         o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, layer_state, step)
-        o = o.transpose(1, 2).flatten(2)                             # (B, T + N, C)
+        o = gather_heads(ranks, o).transpose(1, 2).flatten(2)        # (B, T + N, C)
         if layer_state is None:
             return x + gate * self.linear2(torch.cat([o, F.gelu(mlp, approximate="tanh")], dim=-1))
         mlp = chipmunk_mlp(h, w1[3 * self.dim:], b1[3 * self.dim:], w2[:, self.dim:], None, layer_state, step)
@@ -337,17 +345,23 @@ class Flux(nn.Module):
                 state.remember(step, hidden)
         else:                                                        # step caching: only the final layer runs
             hidden = state.recall(step)
-        return self.final_layer(hidden, vec)[:, layout.inverse]
+        out = self.final_layer(hidden, vec)                          # (B, N, channels)
+        return gather_rows(layout.single_ranks, out, text.shape[1], x.shape[1])[:, layout.inverse]
 
     def blocks(self, x, text, vec, layout, state, step):
         layers = state.layers if state else [None] * (len(self.double_blocks) + len(self.single_blocks))
         img = self.img_in(x)[:, layout.order]                        # (B, N, C)
         txt = self.txt_in(text)                                      # (B, T, C)
+        txt, img = parallel.own_rows(layout.ranks, txt, img)
         for block, layer_state in zip(self.double_blocks, layers):
-            txt, img = block(txt, img, vec, layout.rope, layer_state, step)
+            txt, img = block(txt, img, vec, layout.rope, layer_state, step, layout.ranks)
+        if layout.ranks != layout.single_ranks:                      # cut elsewhere from now on
+            txt = gather_rows(layout.ranks, txt, 0, text.shape[1])                   # (B, T, C)
+            img = gather_rows(layout.ranks, img, text.shape[1], len(layout.order))   # (B, N, C)
+            txt, img = parallel.own_rows(layout.single_ranks, txt, img)
         x = torch.cat([txt, img], dim=1)                             # (B, T + N, C)
         for block, layer_state in zip(self.single_blocks, layers[len(self.double_blocks):]):
-            x = block(x, vec, layout.rope, layer_state, step)
+            x = block(x, vec, layout.rope, layer_state, step, layout.single_ranks)
         return x[:, txt.shape[1]:]
 
     def lay_out_for_deltas(self):
@@ -622,18 +636,20 @@ class Report(NamedTuple):
 
 
 @torch.no_grad()
-def render(prompt, settings, compare=False):
+def render(prompt, settings, compare=False, ranks=None):
     """The whole way from a prompt to a picture (3, height, width) in -1..1 and its Report, with filled settings.
-    -> [(picture, Report)]; with compare two of them from the same noise, first the dense one."""
+    -> [(picture, Report)]; with compare two of them from the same noise, first the dense one. ranks: from
+    parallel.start; [] for all but the first process."""
     config = CONFIGS[settings.model]
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     h, w = settings.height // 16, settings.width // 16               # in tokens
-    check(prompt, settings, folder, h * w)
+    with parallel.one_a_machine_first(ranks):                        # it may download
+        check(prompt, settings, folder, h * w, ranks)
 
     text, pooled = encode_prompts([prompt], config, folder, device, dtype)       # (1, T, text_dim), (1, pooled_dim)
     for part, states in ("T5", text), ("CLIP", pooled):
         cli.check_finite(states, part, dtype)()
-    layout = make_layout(config.flux, h, w, config.text_length, device)
+    layout = make_layout(config.flux, h, w, config.text_length, device, ranks)
     noise = make_noise(config.autoencoder.z, h, w, settings.seed)                # (1, z, 2h, 2w)
     noise = patchify(noise.to(device, dtype))                                    # (1, N, 4 z)
     sigmas = make_sigmas(settings.steps, h * w, config.shift)
@@ -652,8 +668,11 @@ def render(prompt, settings, compare=False):
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)     # (1, N, 4 z)
         seconds = time.perf_counter() - start
+        parallel.add_up_work(ranks, [state])
         results.append((x, Report(seconds, *work_done(config.flux, tokens, h * w, plan, state))))
     del flux, state
+    if not parallel.leave(ranks):
+        return []
 
     autoencoder = load_part("autoencoder", config, folder, device, torch.float32)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):       # as the original
@@ -661,7 +680,7 @@ def render(prompt, settings, compare=False):
                 for x, report in results]
 
 
-def check(prompt, settings, folder, n_image):
+def check(prompt, settings, folder, n_image, ranks):
     """Find everything that can be wrong before a network is loaded. Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt)
@@ -672,7 +691,7 @@ def check(prompt, settings, folder, n_image):
         caches = 0
         if part == "flux" and settings.sparsity:
             caches = cache_bytes(config.flux, settings.sparsity, config.text_length, n_image, dtype)
-        checkpoints.check_memory(make, precision, settings.device, caches)
+        checkpoints.check_memory(make, precision, settings.device, caches * parallel.cache_share(ranks))
     for part, make in parts(config).items():
         checkpoints.check_weights(make, *part_files(part, config, folder))
 
@@ -761,10 +780,15 @@ def main():
                           help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
     args, settings = cli.parse(parser, CONFIGS)
     out = args.out or Path("flux.png")
-    media.check_out(out, (".png",))
+    ranks = parallel.start(settings.device, CONFIGS[settings.model].flux.heads)
+    if ranks is None or ranks.first:                                 # who writes
+        media.check_out(out, (".png",))
 
     start = time.perf_counter()
-    pictures, reports = zip(*render(args.prompt, settings, args.compare))
+    results = render(args.prompt, settings, args.compare, ranks)
+    if not results:                                                  # the first process has them
+        return
+    pictures, reports = zip(*results)
     out = media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings), new=args.out is None)
     cli.say(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
             f"{time.perf_counter() - start:.1f} s")
@@ -777,4 +801,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    parallel.run(main)

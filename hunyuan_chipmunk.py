@@ -37,7 +37,9 @@ from tqdm import tqdm
 import checkpoints
 import cli
 import media
+import parallel
 from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_plan, make_state, until_sparse
+from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -150,10 +152,12 @@ class Layout(NamedTuple):
     inverse: torch.Tensor      # (N,) back to raster
     rope: tuple                # cos, sin (N + T, D / 2) float32, video in `order` first, text last
     static: torch.Tensor       # (N + T,) bool: columns that are always recomputed (the text)
+    ranks: Ranks | None        # several GPUs: who has which rows of video and text
 
 
-def make_layout(config, grid, text_length, device="cpu"):
-    """Token order, RoPE tables and static columns of a `grid` (t, h, w) of video tokens and the text behind it."""
+def make_layout(config, grid, text_length, device="cpu", ranks=None):
+    """Token order, RoPE tables and static columns of a `grid` (t, h, w) of video tokens and the text behind it; ranks:
+    from parallel.start."""
     order = token_order(grid, VOXEL).to(device)                      # (N,)
     ids = torch.stack(torch.unravel_index(order, grid), dim=-1)      # (N, 3): frame, row, column
     ids = F.pad(ids, (0, 0, 0, text_length))                         # (N + T, 3): text at 0, 0, 0, so not rotated
@@ -163,7 +167,8 @@ def make_layout(config, grid, text_length, device="cpu"):
         angles.append(ids[:, axis, None] * omega)                    # (N + T, dim / 2)
     angles = torch.cat(angles, dim=-1)                               # (N + T, D / 2)
     static = torch.arange(len(ids), device=device) >= len(order)
-    return Layout(grid, order, order.argsort(), (angles.cos().float(), angles.sin().float()), static)
+    rope = angles.cos().float(), angles.sin().float()
+    return Layout(grid, order, order.argsort(), rope, static, parallel.spread(ranks, len(ids)))
 
 
 def apply_rope(x, rope):
@@ -242,9 +247,11 @@ def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def joint_attention(q, k, v, rope, mask, layer_state, step, n_video):
-    """q, k, v (B, H, N + T, D), of which the first n_video = N rows are the video's -> (B, N + T, C).
-    mask (B, 1, 1, N + T) bool or None. Chipmunk serves the video's rows; the few text rows are dense and see all."""
+def joint_attention(q, k, v, rope, mask, layer_state, step, n_video, ranks):
+    """q, k, v (B, H, N + T, D), of which the first n_video = N rows are the video's -> (B, N + T, C); with ranks, this
+    process's rows of them. mask (B, 1, 1, N + T) bool or None. Chipmunk serves the video's rows; the few text rows are
+    dense and see all."""
+    q, k, v = scatter_heads(ranks, q, k, v)
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     if layer_state is None:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -252,7 +259,7 @@ def joint_attention(q, k, v, rope, mask, layer_state, step, n_video):
         video_o = chipmunk_attention(q[:, :, :n_video], k, v, layer_state, step)             # (B, H, N, D)
         text_o = F.scaled_dot_product_attention(q[:, :, n_video:], k, v)                     # (B, H, T, D)
         o = torch.cat([video_o, text_o], dim=2)                                              # (B, H, N + T, D)
-    return o.transpose(1, 2).flatten(2)
+    return gather_heads(ranks, o).transpose(1, 2).flatten(2)
 
 
 class RefinerBlock(nn.Module):
@@ -314,8 +321,9 @@ class DualBlock(nn.Module):
         self.ff = MLP(config.dim, config.ff)
         self.ff_context = MLP(config.dim, config.ff)
 
-    def forward(self, video, text, vec, rope, mask, layer_state, step):
-        """video (B, N, C), text (B, T, C), vec (B, C) -> video, text."""
+    def forward(self, video, text, vec, rope, mask, layer_state, step, n_video, ranks=None):
+        """video (B, N, C), text (B, T, C), vec (B, C), n_video = N -> video, text; with ranks, this process's rows of
+        them, but n_video counts all."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(vec)
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(vec)
         attn, n = self.attn, video.shape[1]
@@ -328,7 +336,7 @@ class DualBlock(nn.Module):
         q = torch.cat([attn.norm_q(q), attn.norm_added_q(text_q)], dim=2)            # (B, H, N + T, D)
         k = torch.cat([attn.norm_k(k), attn.norm_added_k(text_k)], dim=2)
         v = torch.cat([v, text_v], dim=2)
-        o = joint_attention(q, k, v, rope, mask, layer_state, step, n)               # (B, N + T, C)
+        o = joint_attention(q, k, v, rope, mask, layer_state, step, n_video, ranks)  # (B, N + T, C)
 
         video = video + gate1 * attn.to_out[0](o[:, :n])
         text = text + text_gate1 * attn.to_add_out(o[:, n:])
@@ -348,14 +356,15 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(config.dim, config.ff)
         self.proj_out = nn.Linear(config.dim + config.ff, config.dim)
 
-    def forward(self, x, vec, rope, mask, layer_state, step, n_video):
-        """x (B, N + T, C), vec (B, C), n_video = N -> x."""
+    def forward(self, x, vec, rope, mask, layer_state, step, n_video, ranks=None):
+        """x (B, N + T, C), vec (B, C), n_video = N -> x; with ranks, this process's rows of it, but n_video counts
+        all."""
         shift, scale, gate = self.norm(vec)
         h = modulate(x, shift, scale)
         attn = self.attn
         q, k, v = (split_heads(f(h), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))     # (B, H, N + T, D) each
         q, k = attn.norm_q(q), attn.norm_k(k)
-        o = joint_attention(q, k, v, rope, mask, layer_state, step, n_video)     # (B, N + T, C)
+        o = joint_attention(q, k, v, rope, mask, layer_state, step, n_video, ranks)      # (B, N + T, C)
         mlp = F.gelu(self.proj_mlp(h), approximate="tanh")                       # (B, N + T, ff)
         return x + gate * self.proj_out(torch.cat([o, mlp], dim=-1))
 
@@ -397,7 +406,9 @@ class Hunyuan(nn.Module):
         else:                                                        # step caching: only the final layer runs
             hidden = state.recall(step)
         scale, shift = self.norm_out(vec)                            # in this order, as published
-        return unpatchify(self.proj_out(modulate(hidden, shift, scale))[:, layout.inverse], layout.grid)
+        out = self.proj_out(modulate(hidden, shift, scale))                      # (B, N, 4 z)
+        out = gather_rows(layout.ranks, out, 0, len(layout.order))[:, layout.inverse]
+        return unpatchify(out, layout.grid)
 
     def blocks(self, x, t, text, vec, layout, mask, state, step):
         n_layers = len(self.transformer_blocks) + len(self.single_transformer_blocks)
@@ -407,12 +418,13 @@ class Hunyuan(nn.Module):
         n = video.shape[1]
         if mask is not None:                                         # of columns: nothing attends to padding
             mask = F.pad(mask, (n, 0), value=True)[:, None, None]    # (B, 1, 1, N + T)
+        video, text = own_rows(layout.ranks, video, text)
         for block, layer_state in zip(self.transformer_blocks, layers):
-            video, text = block(video, text, vec, layout.rope, mask, layer_state, step)
+            video, text = block(video, text, vec, layout.rope, mask, layer_state, step, n, layout.ranks)
         x = torch.cat([video, text], dim=1)                          # (B, N + T, C)
         for block, layer_state in zip(self.single_transformer_blocks, layers[len(self.transformer_blocks):]):
-            x = block(x, vec, layout.rope, mask, layer_state, step, n)
-        return x[:, :n]
+            x = block(x, vec, layout.rope, mask, layer_state, step, n, layout.ranks)
+        return x[:, :video.shape[1]]
 
 
 def unpatchify(x, grid):
@@ -657,22 +669,24 @@ class Report(NamedTuple):
 
 
 @torch.no_grad()
-def render(prompt, settings, compare=False):
+def render(prompt, settings, compare=False, ranks=None):
     """The whole way from a prompt to a video and its Report, with filled settings. A video is an iterator of frames
     (3, height, width) in -1..1, which are decoded as they are asked for.
-    -> [(video, Report)]; with compare two of them from the same noise, first the dense one."""
+    -> [(video, Report)]; with compare two of them from the same noise, first the dense one. ranks: from
+    parallel.start; [] for all but the first process."""
     config = CONFIGS[settings.model]
     if settings.frames == 1:
         config = replace(config, template=config.image_template, crop=config.image_crop)
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16                 # (t, h, w) in tokens
     n_video = math.prod(grid)
-    check(prompt, settings, folder, n_video)
+    with parallel.one_a_machine_first(ranks):                        # it may download
+        check(prompt, settings, folder, n_video, ranks)
 
     text, _, pooled = encode_prompts([prompt], config, folder, device, dtype)    # (1, T, text_dim), (1, pooled_dim)
     for part, states in ("Llama", text), ("CLIP", pooled):
         cli.check_finite(states, part, dtype)()
-    layout = make_layout(config.hunyuan, grid, text.shape[1], device)
+    layout = make_layout(config.hunyuan, grid, text.shape[1], device, ranks)
     noise = make_noise(config.hunyuan.z, grid, settings.seed).to(device).float() # (1, z, t, 2h, 2w)
     sigmas = make_sigmas(settings.steps, config.shift)
     hunyuan = load_part("hunyuan", config, folder, device, dtype)
@@ -689,9 +703,12 @@ def render(prompt, settings, compare=False):
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
         seconds = time.perf_counter() - start
+        parallel.add_up_work(ranks, [state])
         attn, saved = work_done(config.hunyuan, n_video, text.shape[1], plan, state)
         results.append((x, Report(seconds, attn, saved)))
     del hunyuan, state
+    if not parallel.leave(ranks):
+        return []
 
     vae = load_part("vae", config, folder, device, vae_dtype(settings))
     return [(decode(vae, x), report) for x, report in results]
@@ -712,7 +729,7 @@ def decode(vae, latents):
             yield from piece[0].transpose(0, 1).float().clamp(-1, 1).cpu()
 
 
-def check(prompt, settings, folder, n_video):
+def check(prompt, settings, folder, n_video, ranks):
     """Find everything that can be wrong before a network is loaded. Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt)
@@ -721,7 +738,7 @@ def check(prompt, settings, folder, n_video):
         caches = 0
         if part == "hunyuan" and settings.sparsity:
             caches = cache_bytes(config.hunyuan, settings.sparsity, n_video, config.text_length, dtype)
-        checkpoints.check_memory(make, precision, settings.device, caches)
+        checkpoints.check_memory(make, precision, settings.device, caches * parallel.cache_share(ranks))
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
 
@@ -802,10 +819,15 @@ def main():
     args, settings = cli.parse(parser, CONFIGS)
     suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
     out = args.out or Path("hunyuan" + suffixes[0])
-    media.check_out(out, suffixes)
+    ranks = parallel.start(settings.device, CONFIGS[settings.model].hunyuan.heads)
+    if ranks is None or ranks.first:                                 # who writes
+        media.check_out(out, suffixes)
 
     start = time.perf_counter()
-    videos, reports = zip(*render(args.prompt, settings, args.compare))
+    results = render(args.prompt, settings, args.compare, ranks)
+    if not results:                                                  # the first process has them
+        return
+    videos, reports = zip(*results)
     video = videos[0]
     if args.compare:
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
@@ -820,4 +842,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    parallel.run(main)

@@ -24,6 +24,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
@@ -39,6 +41,7 @@ import cli
 import flux_chipmunk
 import hunyuan_chipmunk
 import media
+import parallel
 import scenes
 import sparse_kernels as sk
 import text_encoders
@@ -2770,3 +2773,238 @@ def test_quantised_files_are_recognised(call, tmp_path):
     gguf.write_bytes(b"GGUF" + bytes(4096))
     assert "gguf is quantised and not supported" in error_of(call("flux", weights=gguf))
     assert f"{name} is a file; --weights wants a folder" in error_of(call("flux", weights=folder / name))
+
+# =========================================================================================================
+# Several GPUs: processes on this machine's CPU, which talk by gloo
+
+
+def run_several(size, work, folder):
+    """work(rank) in `size` processes that torchrun seems to have started, beside one that keeps their store. What they
+    print is in folder / "0.out", "0.err", ... -> their exit codes"""
+    context = mp.get_context("fork")                                        # nothing is imported again
+    ours, theirs = context.Pipe()
+
+    def keep_store():                                                       # not here: threads do not survive a fork
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        theirs.send(store.port)
+        theirs.recv()
+    keeper = context.Process(target=keep_store)
+    keeper.start()
+    env = {"WORLD_SIZE": size, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": ours.recv(), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": 0,
+           "TORCHELASTIC_USE_AGENT_STORE": True}
+
+    def one(rank):
+        os.environ |= {name: str(value) for name, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        sys.stdout = sys.__stdout__ = open(folder / f"{rank}.out", "w")
+        sys.stderr = sys.__stderr__ = open(folder / f"{rank}.err", "w")
+        torch.set_grad_enabled(False)
+        parallel.run(lambda: work(rank))
+    processes = [context.Process(target=one, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()                                                      # what hangs has failed
+        process.join()
+    ours.send("end")
+    keeper.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("n, parts, multiple, first", [
+    (4608, 4, 128, 0), (4608, 5, 128, 0), (1088, 3, 128, 64), (17, 4, 128, 2), (24, 5, 1, 0), (40, 3, 1, 0)])
+def test_sequences_are_cut_evenly_and_at_groups_alone(n, parts, multiple, first):
+    sizes = parallel.split(n, parts, multiple, first)
+    ends = np.cumsum(sizes)
+    assert len(sizes) == parts and sum(sizes) == n and min(sizes) >= 0
+    assert all(end == n or (end - first) % multiple == 0 for end in ends)
+    units = [-(-size // multiple) for size in sizes]
+    assert max(units) - min(units) <= (1 if first == 0 else 2)
+
+
+SEVERAL = {"flux": replace(FLUX, dim=80, heads=5, axes=(4, 6, 6)), "wan": replace(WAN, dim=80, heads=5),
+           "hunyuan": replace(HUNYUAN, dim=80, heads=5, axes=(4, 6, 6))}    # 2, 3 and 4 do not divide 5
+SEVERAL_SIZES = {"flux": [((16, 16), 128, "mass"), ((9, 17), 70, "pooled"), ((3, 5), 2, "paper")],
+                 "wan": [((4, 8, 8), 9, "mass"), ((5, 7, 11), 9, "pooled"), ((1, 1, 3), 9, "paper")],
+                 "hunyuan": [((4, 8, 8), 128, "mass"), ((5, 6, 9), 13, "pooled"), ((1, 1, 2), 1, "paper")]}
+
+
+def several_generations(name, ranks):
+    """Generations of small random models in float64. -> [(latents, list of states, their work added up)]"""
+    config, program, steps, results = SEVERAL[name], PROGRAMS[name], 6, []
+    model = random_model(name, config, device=CPU).double()
+    for grid, text_length, delta in SEVERAL_SIZES[name]:
+        sparsity = Sparsity(attn_keep=0.1, attn_random=0.05, mlp_keep=0.3, measure=(1, 3), skip=(4,), delta=delta,
+                            extrapolate=True, dense_layers=1)
+        given, plan = model_inputs(name, grid, text_length, config, batch=2, device=CPU), make_plan(steps, sparsity)
+        x, text = given["x"].double(), given["text"].double()
+        size = (grid,) if name == "hunyuan" else grid
+        if name == "wan":
+            layout = program.make_layout(config, grid, 1, CPU, ranks)
+            texts = parallel.own_branches(ranks, [text, -text])
+            states = [fresh_state(model, sparsity, layout) for _ in texts]
+            schedule = program.make_schedule(steps, 5.0)
+            x = program.sample(model, x, texts, 4.0, schedule, layout, plan, states, ranks)
+        else:
+            layout = program.make_layout(config, *size, text_length, CPU, ranks)
+            states, sigmas = [fresh_state(model, sparsity, layout)], torch.linspace(1, 0, steps + 1)
+            x = program.sample(model, x, text, given["pooled"].double(), 4.0, sigmas, layout, plan, *states)
+        parallel.add_up_work(ranks, states)
+        results.append((x, states))
+    return results
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@each_model
+def test_several_processes_compute_what_one_does(monkeypatch, tmp_path, name, size):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)         # the models' own float32 is float64, too
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
+
+    def work(rank):
+        ranks = parallel.start(CPU, 5, branches=2 if name == "wan" else 1)
+        results = []
+        for x, states in several_generations(name, ranks):
+            layers = [[(s.columns, s.counts, s.attn_work, s.mlp_work) for s in state.layers[1:]] for state in states]
+            caches = sum(s.o_rest.nbytes for state in states for s in state.layers[1:])
+            results.append((x, layers, caches))
+        torch.save((ranks.branch if ranks.branches == 2 else None, results), tmp_path / f"{rank}.pt")
+        parallel.leave(ranks)
+    assert run_several(size, work, tmp_path) == [0] * size, (tmp_path / "0.err").read_text()
+    branches, found = zip(*[torch.load(tmp_path / f"{rank}.pt") for rank in range(size)])
+    assert set(branches) == ({0, 1} if name == "wan" and size % 2 == 0 else {None})
+    for case, (x, states) in enumerate(several_generations(name, None)):
+        for results in found:
+            assert_near(results[case][0], x, 1e-12)
+            assert torch.equal(results[case][0], found[0][case][0])         # in each process the very same
+        whole = sum(s.o_rest.nbytes for state in states for s in state.layers[1:])
+        assert sum(results[case][2] for results in found) == whole          # nothing is remembered twice
+        for i, state in enumerate(states):
+            theirs = [results[case][1] for branch, results in zip(branches, found) if branch in (None, i)]
+            theirs = [layers[i if len(layers) == len(states) else 0] for layers in theirs]
+            for s, *shards in zip(state.layers[1:], *theirs):
+                columns, counts, attn_work, mlp_work = zip(*shards)
+                assert torch.equal(torch.cat(columns, dim=1), s.columns) and torch.equal(torch.cat(counts, 1), s.counts)
+                if None in branches:                                        # else it is the mean of both branches
+                    assert float(attn_work[0]) == pytest.approx(float(s.attn_work))
+                assert float(mlp_work[-1]) == pytest.approx(float(s.mlp_work))
+
+
+@pytest.mark.parametrize("name, size", [("flux", 3), ("wan", 2), ("hunyuan", 2)])
+def test_several_processes_draw_what_one_does_and_one_speaks(call, monkeypatch, tmp_path, name, size):
+    suffix = ".png" if name == "flux" else ".mp4"
+    monkeypatch.chdir(tmp_path)
+    settings = SHORT[name] | SPARSE | {"height": 65}
+    _, printed, (note,) = call(name, out=f"one{suffix}", **settings)
+    argv = [*sys.argv, f"--out=several{suffix}"]
+
+    def work(rank):
+        sys.argv = argv
+        (tmp_path / f"{rank}").mkdir()
+        if rank:
+            os.chdir(tmp_path / f"{rank}")                                  # a file that it wrote would be found
+        PROGRAMS[name].main()
+    assert run_several(size, work, tmp_path) == [0] * size
+    said = (tmp_path / "0.out").read_text()
+    assert re.sub(r"[\d.]+ s\n", "", said) == re.sub(r"[\d.]+ s\n", "", printed.replace("one.", "several."))
+    assert note == "note: height 65 rounded to 64, a multiple of 16"
+    assert (tmp_path / "0.err").read_text().startswith(note)
+    for rank in range(1, size):
+        assert not (tmp_path / f"{rank}.out").read_text() and not (tmp_path / f"{rank}.err").read_text()
+        assert not list((tmp_path / f"{rank}").iterdir())
+    if name == "flux":
+        one, several = (torch.from_numpy(np.array(Image.open(tmp_path / file))).permute(2, 0, 1)[None] / 127.5 - 1
+                        for file in ("one.png", "several.png"))
+    else:
+        one, several = (read_video(tmp_path / file)[0] for file in ("one.mp4", "several.mp4"))
+    assert media.psnr(one, several) >= 50
+
+
+def test_speed_table_says_how_many_gpus_and_how_long_they_talk(tmp_path):
+    def work(rank):
+        nn.Module.compile = lambda self: None
+        ranks = parallel.start(CPU, 3)
+        bench.speed_table("flux", "tiny", tiny_run("flux", flux_chipmunk.CONFIGS["tiny"]), CPU, ranks)
+        parallel.leave(ranks)
+    assert run_several(2, work, tmp_path) == [0, 0] and not (tmp_path / "1.out").read_text()
+    title, _, *rows, _, _ = (tmp_path / "0.out").read_text().splitlines()
+    assert title.endswith("2 GPUs, a step | of 8 | eager | compiled | compiled, in collectives |")
+    seconds = [row.split("|")[3:6] for row in rows if row.startswith(("| of the", "| dense", "| measure", "| sparse"))]
+    assert len(seconds) == 4
+    for _, whole, talk in seconds:
+        assert float(whole.split()[0]) > 0 and float(talk.split()[0]) > 0
+
+
+@pytest.mark.parametrize("size, heads, branches, works", [
+    (4, 3, 1, "start 1 to 3$"), (5, 3, 2, "start 1 to 3, or an even number up to 6$"), (8, 3, 2, "start 1 to 3, or")])
+def test_more_processes_than_heads_are_refused(monkeypatch, size, heads, branches, works):
+    for key, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": size, "RANK": 1, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(cli.Fail, match=f"{size} processes cannot share 3 heads; {works}"):
+        parallel.start(CPU, heads, branches)
+    with pytest.raises(cli.Fail, match="--device cuda:0 is one GPU for all processes"):
+        parallel.start(torch.device("cuda:0"), 8, branches)
+
+
+@pytest.mark.parametrize("fault, says", [
+    ("raise cli.Fail('rank 1 has had enough')", "error: rank 1 has had enough"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "error: another process of this run has ended, or cannot be reached (")])
+def test_a_process_that_fails_or_is_killed_ends_all_in_one_line(tmp_path, fault, says):
+    def work(rank):
+        def check(*args, check=cli.check_finite):
+            if rank == 1 and "step 3" in args[1]:
+                exec(fault, globals())
+            return check(*args)
+        cli.check_finite = check
+        sys.argv = ["wan_chipmunk.py", f"--prompt={PROMPT}", "--device=cpu", "--width=64", "--height=64", "--frames=5",
+                    "--steps=1000", f"--out={tmp_path}/a.mp4"]
+        wan_chipmunk.main()
+    statuses = run_several(3, work, tmp_path)
+    assert all(statuses) and not (tmp_path / "a.mp4").exists()
+    said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(3))
+    assert said.startswith(says) and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_process_of_each_machine_goes_first(tmp_path, fails):
+    def work(rank):
+        os.environ |= {"LOCAL_RANK": str(rank % 2), "GROUP_RANK": str(rank // 2), "GROUP_WORLD_SIZE": "2"}
+        ranks = parallel.start(CPU, 4)
+        with parallel.one_a_machine_first(ranks):
+            there = sorted(file.stem for file in tmp_path.glob("*.there"))
+            if rank == 2:
+                time.sleep(1)                                               # its machine takes longer
+                if fails:
+                    raise cli.Fail("no network")
+            (tmp_path / f"{rank}.there").touch()
+        (tmp_path / f"{rank}.seen").write_text(" ".join(there))
+        parallel.leave(ranks)
+    assert run_several(4, work, tmp_path) == [int(fails)] * 4
+    for rank in () if fails else (1, 3):
+        assert {"0", "2"} <= set((tmp_path / f"{rank}.seen").read_text().split())
+    said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(4))
+    assert said == ("error: no network\n" if fails else "")
+
+
+@pytest.mark.parametrize("fault", [None, "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_torchrun_starts_and_ends_all(tmp_path, fault):
+    (tmp_path / "program.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import cli, flux_chipmunk, parallel
+def check(x, part, *args, check=cli.check_finite):
+    if os.environ["RANK"] == "1" and "step 3" in part:
+        {fault}
+    return check(x, part, *args)
+cli.check_finite = check
+parallel.run(flux_chipmunk.main)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py",
+               f"--prompt={PROMPT}", "--device=cpu", "--width=64", "--height=64",
+               f"--steps={1000 if fault else 4}", "--out=a.png"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if fault is None:
+        assert run.returncode == 0 and (tmp_path / "a.png").exists() and len(run.stdout.splitlines()) == 2, run.stderr
+        return
+    assert run.returncode != 0 and not (tmp_path / "a.png").exists()
+    assert run.stderr.count("error: ") <= 1 and "SIGKILL" in run.stderr     # torchrun may be sooner than our line

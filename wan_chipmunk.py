@@ -38,7 +38,9 @@ from tqdm import tqdm
 import checkpoints
 import cli
 import media
+import parallel
 from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_plan, make_state, until_sparse
+from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
 from sparse_kernels import GROUP
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
@@ -142,12 +144,13 @@ class Layout(NamedTuple):
     """Where the tokens of one video stand: made once per generation by `make_layout`."""
     order: torch.Tensor        # (N,) tokens, voxel after voxel instead of raster
     inverse: torch.Tensor      # (N,) back to raster
-    rope: tuple                # cos, sin (N, D / 2) float32, in `order`
+    rope: tuple                # cos, sin (N, D / 2) float32, in `order`; with ranks, this process's rows
     static: torch.Tensor       # (G, N) bool: columns that each group of tokens always recomputes, the voxels around it
+    ranks: Ranks | None        # several GPUs: who has which tokens
 
 
-def make_layout(config, grid, window, device="cpu"):
-    """Token order, RoPE tables and static columns of a `grid` (t, h, w) of tokens."""
+def make_layout(config, grid, window, device="cpu", ranks=None):
+    """Token order, RoPE tables and static columns of a `grid` (t, h, w) of tokens; ranks: from parallel.start."""
     order = token_order(grid, VOXEL)                                 # (N,)
     half = config.dim // config.heads // 2                           # rotated pairs in a head, split over t, y, x
     pairs = half - 2 * (half // 3), half // 3, half // 3
@@ -155,10 +158,11 @@ def make_layout(config, grid, window, device="cpu"):
     for position, n in zip(torch.unravel_index(order, grid), pairs):
         omega = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)           # (n,)
         angles.append(position[:, None] * omega)                     # (N, n)
-    angles = torch.cat(angles, dim=-1)                               # (N, D / 2)
-    rope = angles.cos().float().to(device), angles.sin().float().to(device)
+    ranks = spread(ranks, len(order))
+    own_angles, = own_rows(ranks, torch.cat(angles, dim=-1)[None])   # (1, N, D / 2)
+    rope = own_angles[0].cos().float().to(device), own_angles[0].sin().float().to(device)
     static = local_windows(grid, VOXEL, window, order).to(device)
-    return Layout(order.to(device), order.argsort().to(device), rope, static)
+    return Layout(order.to(device), order.argsort().to(device), rope, static, ranks)
 
 
 def apply_rope(x, rope):
@@ -224,15 +228,18 @@ class Block(nn.Module):
             nn.Linear(config.ff, config.dim)])})
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
-    def forward(self, x, text, time, rope, layer_state, step):
+    def forward(self, x, text, time, rope, layer_state, step, ranks=None):
         """x (B, N, C) and time (B, 6, C) float32, text (B, L, C) in the linears' precision -> x. As in the original,
-        the residual stream and the modulation are float32 whatever the linears are."""
+        the residual stream and the modulation are float32 whatever the linears are. With ranks, x and rope are this
+        process's rows."""
         modulation = (self.scale_shift_table + time).chunk(6, dim=1)             # (B, 1, C) each
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         h = modulate(x, shift1, scale1).to(text.dtype)
         q, k, v = self.attn1.qkv(h, h)                               # (B, H, N, D) each
         q, k = apply_rope(q, rope).to(v.dtype), apply_rope(k, rope).to(v.dtype)
-        x = x + gate1 * self.attn1.out(chipmunk_attention(q, k, v, layer_state, step))
+        q, k, v = scatter_heads(ranks, q, k, v)
+        o = gather_heads(ranks, chipmunk_attention(q, k, v, layer_state, step))      # (B, H, N, D)
+        x = x + gate1 * self.attn1.out(o)
 
         q, k, v = self.attn2.qkv(self.norm2(x).to(text.dtype), text) # (B, H, N, D), (B, H, L, D) twice
         x = x + self.attn2.out(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v))
@@ -273,18 +280,20 @@ class Wan(nn.Module):
         else:                                                        # step caching: only the final layer runs
             hidden = state.recall(step)
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)                  # (B, 1, C) each
-        out = self.proj_out(modulate(hidden, shift, scale))[:, layout.inverse]                   # (B, N, 4 channels)
+        out = self.proj_out(modulate(hidden, shift, scale))                                      # (B, N, 4 channels)
+        out = gather_rows(layout.ranks, out, 0, len(layout.order))[:, layout.inverse]
         out = out.unflatten(1, (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)).unflatten(-1, (2, 2, -1))
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4).float()  # (B, channels, t, h, w)
 
     def run_blocks(self, x, time, text, layout, state, step):
         x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))        # (B, C, t, h / 2, w / 2)
-        x = x.flatten(2).transpose(1, 2)[:, layout.order].float()                                # (B, N, C)
+        x, = own_rows(layout.ranks, x.flatten(2).transpose(1, 2)[:, layout.order])               # (B, N, C)
+        x = x.float()                                                # the residual stream
         text = self.condition_embedder.text_embedder(text)                                       # (B, L, C)
         time = self.condition_embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))            # (B, 6, C)
         layers = state.layers if state else [None] * len(self.blocks)
         for block, layer_state in zip(self.blocks, layers):
-            x = block(x, text, time, layout.rope, layer_state, step)
+            x = block(x, text, time, layout.rope, layer_state, step, layout.ranks)
         return x
 
 # ---------------------------------------------------------------------------------------------------------
@@ -539,16 +548,18 @@ def make_noise(z, frames, height, width, seed):
     return torch.randn(1, z, frames, height, width, generator=torch.Generator("cpu").manual_seed(seed))
 
 
-def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None):
+def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None, ranks=None):
     """UniPC from noise x (B, z, t, h, w) to latents. texts: of the prompt and of the negative prompt,
     (B, L, text_dim) each, and states: a ModelState for each. plan: an iterable of Step; dense without plan and states.
-    Raises Fail at NaN or infinity, a step later. -> (B, z, t, h, w)"""
+    ranks: from parallel.start; if it has a branch, texts and states are that one's alone. Raises Fail at NaN or
+    infinity, a step later. -> (B, z, t, h, w)"""
     sigmas, timesteps = schedule
     states = states or (None, None)
     past, before, checked = [], None, None                           # past: the last two predictions of the video
     for i, step in enumerate(plan or [None] * len(timesteps)):
         t = x.new_full((x.shape[0],), timesteps[i].item())           # (B,)
-        v, v_negative = (model(x, t, text, layout, state, step) for text, state in zip(texts, states))
+        own = [model(x, t, text, layout, state, step) for text, state in zip(texts, states)]
+        v, v_negative = parallel.both_branches(ranks, own)           # (B, z, t, h, w) each
         video = x - sigmas[i].item() * (v_negative + guidance * (v - v_negative))
         if i > 0:
             x = unipc(before, i - 1, sigmas, past, target=video)     # the corrector: this step's start, better known
@@ -584,20 +595,22 @@ class Report(NamedTuple):
 
 
 @torch.no_grad()
-def render(prompt, settings, compare=False):
+def render(prompt, settings, compare=False, ranks=None):
     """The whole way from a prompt to a video and its Report, with filled settings. A video is an iterator of frames
     (3, height, width) in -1..1, which are decoded as they are asked for.
-    -> [(video, Report)]; with compare two of them from the same noise, first the dense one."""
+    -> [(video, Report)]; with compare two of them from the same noise, first the dense one. ranks: from
+    parallel.start; [] for all but the first process."""
     config = CONFIGS[settings.model]
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     t, h, w = grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16       # in tokens
-    check(prompt, settings, folder, math.prod(grid))
+    with parallel.one_a_machine_first(ranks):                        # it may download
+        check(prompt, settings, folder, math.prod(grid), ranks)
 
     prompts = [prompt, settings.negative_prompt]
     texts = encode_prompts(prompts, config, folder, device, dtype)                               # (2, L, text_dim)
     cli.check_finite(texts, "UMT5", dtype)()
-    texts = texts.split(1)                                                                       # (1, L, text_dim) each
-    layout = make_layout(config.wan, grid, config.window, device)
+    texts = parallel.own_branches(ranks, texts.split(1))                                         # (1, L, text_dim) each
+    layout = make_layout(config.wan, grid, config.window, device, ranks)
     noise = make_noise(config.wan.channels, t, 2 * h, 2 * w, settings.seed).to(device)           # (1, z, t, 2h, 2w)
     schedule = make_schedule(settings.steps, config.shift)
     wan = load_part("wan", config, folder, device, dtype)
@@ -611,14 +624,17 @@ def render(prompt, settings, compare=False):
         plan = make_plan(settings.steps, sparsity)
         if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
             first_steps = until_sparse(plan)
-            sample(wan, noise, texts, settings.guidance, schedule, layout, first_steps, make_states(sparsity))
+            sample(wan, noise, texts, settings.guidance, schedule, layout, first_steps, make_states(sparsity), ranks)
         start, states = time.perf_counter(), make_states(sparsity)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
-        x = sample(wan, noise, texts, settings.guidance, schedule, layout, steps, states)        # (1, z, t, 2h, 2w)
+        x = sample(wan, noise, texts, settings.guidance, schedule, layout, steps, states, ranks) # (1, z, t, 2h, 2w)
         seconds = time.perf_counter() - start
+        parallel.add_up_work(ranks, states)
         attn, saved = work_done(config.wan, math.prod(grid), config.text_length, plan, states)
         results.append((x, Report(seconds, attn, saved)))
     del wan, states
+    if not parallel.leave(ranks):
+        return []
 
     vae = load_part("vae", config, folder, device, torch.float32)
     return [(decode(vae, x), report) for x, report in results]
@@ -631,7 +647,7 @@ def decode(vae, latents):
         yield from piece[0].transpose(0, 1).clamp(-1, 1).cpu()
 
 
-def check(prompt, settings, folder, tokens):
+def check(prompt, settings, folder, tokens, ranks):
     """Find everything that can be wrong before a network is loaded. Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt, settings.negative_prompt)
@@ -640,7 +656,7 @@ def check(prompt, settings, folder, tokens):
         caches = 0
         if part == "wan" and settings.sparsity:
             caches = cache_bytes(config.wan, settings.sparsity, config.window, tokens, dtype)
-        checkpoints.check_memory(make, precision, settings.device, caches)
+        checkpoints.check_memory(make, precision, settings.device, caches * parallel.cache_share(ranks))
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
 
@@ -710,10 +726,15 @@ def main():
     args, settings = cli.parse(parser, CONFIGS)
     suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
     out = args.out or Path("wan" + suffixes[0])
-    media.check_out(out, suffixes)
+    ranks = parallel.start(settings.device, CONFIGS[settings.model].wan.heads, branches=2)
+    if ranks is None or ranks.first:                                 # who writes
+        media.check_out(out, suffixes)
 
     start = time.perf_counter()
-    videos, reports = zip(*render(args.prompt, settings, args.compare))
+    results = render(args.prompt, settings, args.compare, ranks)
+    if not results:                                                  # the first process has them
+        return
+    videos, reports = zip(*results)
     video = videos[0]
     if args.compare:
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
@@ -728,4 +749,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    parallel.run(main)

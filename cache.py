@@ -81,15 +81,18 @@ def make_plan(steps, sparsity):
 
     All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
     attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
+    With delta="none" all steps are dense but those to skip.
     Raises ValueError if step 0 is to be skipped."""
     if sparsity is None:
         return [Step(i, "dense") for i in range(steps)]
     if 0 in sparsity.skip:
         raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
     full = set(sparsity.measure) if not isinstance(sparsity.measure, int) else {1, *range(0, steps, sparsity.measure)}
+    if sparsity.delta == "none":                                     # nothing to measure for
+        full = set()
     first = min(full - {0}, default=steps)
     computed = [i for i in range(steps) if i in full or i not in sparsity.skip]
-    sparse = {i for i in computed if i > first and i not in full} if sparsity.delta != "none" else set()
+    sparse = {i for i in computed if i > first and i not in full}
     plan = [Step(i, "skip") for i in range(steps)]
     for i, following in zip(computed, computed[1:] + [None]):
         full_mode = "measure" if following in sparse else "dense"

@@ -400,10 +400,12 @@ def chosen_sparsity(args, preset, steps, made_for):
 
 def note_idle_flags(args, plan):
     """Say which flags have no effect."""
-    chipmunk = "delta", "attn_keys", "mlp_keys", "measure_steps", "skip_steps"
-    given = [f"--{name.replace('_', '-')}" for name in chipmunk if getattr(args, name, None) is not None]
-    if args.dense and given:
-        note(f"{', '.join(given)}: no effect with --dense")
+    idle, why = ("attn_keys", "mlp_keys", "measure_steps"), "--delta none"
+    if args.dense:
+        idle, why = (*idle, "delta", "skip_steps"), "--dense"
+    given = [f"--{name.replace('_', '-')}" for name in idle if getattr(args, name, None) is not None]
+    if given and (args.dense or args.delta == "none"):
+        note(f"{', '.join(given)}: no effect with {why}")
     elif isinstance(args.skip_steps, tuple):
         computed = [str(i) for i in args.skip_steps if not plan[i].skip]
         if computed:

@@ -624,7 +624,7 @@ def test_plan_says_what_every_step_does():
     assert [s.mode for s in plan[4:8]] == ["sparse", "skip", "sparse", "sparse"]
     assert [s.mode for s in plan[8:]] == ["measure", "sparse", "skip", "sparse"]
     plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10), delta="none"))               # step caching alone
-    assert [s.index for s in plan if s.skip] == [5, 10] and {s.mode for s in plan} == {"dense", "skip"}
+    assert [s.index for s in plan if s.skip] == [5, 8, 10] and {s.mode for s in plan} == {"dense", "skip"}
     plan = make_plan(6, Sparsity(measure=(1, 2, 4)))
     assert [s.mode for s in plan] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
     assert [s.mode for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4      # nothing sparse would follow
@@ -2550,6 +2550,8 @@ def test_no_more_than_everything_is_recomputed(call, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     ({"measure_steps": "1,3", "skip_steps": "2,3"}, "note: --skip-steps 3: no effect, as these steps are computed"),
     ({"dense": None, "attn_keys": 0.5, "mlp_keys": 0.5}, "note: --attn-keys, --mlp-keys: no effect with --dense"),
+    ({"delta": "none", "measure_steps": "1,3", "skip_steps": "3"}, "note: --measure-steps: no effect with --delta"),
+    ({"delta": "none", "skip_steps": "3"}, ""), ({"dense": None, "delta": "none"}, "note: --delta: no effect with"),
     ({"measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""), ({"skip_steps": "video"}, "")])
 def test_flags_without_effect_are_said(call, tmp_path, flags, says):
     given = {key: value for key, value in flags.items() if value is not None}

@@ -313,6 +313,8 @@ REAL = {"flux": (flux_chipmunk, "dev", random_flux), "wan": (wan_chipmunk, "1.3b
 
 
 def speed(args):
+    if args.frames and args.model == "flux":
+        raise cli.Fail("flux makes pictures; --frames is for --model wan and hunyuan")
     device = cli.pick_device(args.device)
     if device.type != "cuda":
         raise cli.Fail("python bench.py speed needs a GPU: the real models take hours on a CPU")

@@ -31,7 +31,7 @@ from sparse_kernels import (GROUP, POOL, Pooled, add_columns, attention, attenti
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
 # Steps of 50 to measure at if dense attention costs little: a picture's early steps change fastest.
 EARLY_STEPS = (1, 2, 4, 7, 12, 20, 30, 40)
-SAMPLED = 8                    # every so manieth row of the MLP tells which columns move
+SAMPLED = 8                    # of every so many rows of the MLP, one tells which columns move
 SKIP_PRESETS = ("none", "alternate", "video")
 
 
@@ -151,7 +151,7 @@ class ModelState:
         return hidden
 
 
-def make_state(layers, sparsity, pooled_columns, static, seed, device="cpu"):
+def make_state(layers, sparsity, pooled_columns, static, seed, device):
     """A fresh ModelState for a model of `layers` blocks; None without a sparsity: nothing is remembered.
     pooled_columns: how many columns, from the first, the blocks of delta="pooled" cover; those behind them must be
     static. static (Nk,) or (G, Nk) bool: columns always kept; None: none."""
@@ -224,7 +224,7 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
             columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, _seed(s, step))
             s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]            # (B, G, K), (B, G)
             s.act, s.out = act.mT.contiguous(), out
-        s.sample = sample.clone()
+        s.sample = sample.clone()                                                # a view would keep all of act
     return out
 
 

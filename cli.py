@@ -413,7 +413,7 @@ def note_idle_flags(args, plan):
 
 
 def show_plan(plan):
-    say("\n".join(["step", *(f"{step.index:4}  {step.mode}" for step in plan)]))
+    say("\n".join(["step  mode", *(f"{step.index:4}  {step.mode}" for step in plan)]))
 
 # ---------------------------------------------------------------------------------------------------------
 # what a result says and remembers

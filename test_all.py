@@ -47,8 +47,8 @@ import sparse_kernels as sk
 import text_encoders
 import train_tiny
 import wan_chipmunk
-from cache import (VIDEO_SKIPS, Sparsity, Step, chipmunk_attention, columns_to_mask, fit_steps, make_plan, make_state,
-                   skip_preset)
+from cache import (VIDEO_SKIPS, Sparsity, Step, chipmunk_attention, chipmunk_mlp, columns_to_mask, fit_steps,
+                   make_plan, make_state, skip_preset)
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
 
@@ -783,6 +783,32 @@ def test_pooled_keeps_what_means_miss_and_follows_the_rest():
     assert_near(chipmunk_attention(q, k, v, layer, sparse), F.scaled_dot_product_attention(q, k, v))
 
 
+def test_mlp_keeps_what_moved_most_and_weighs_most():
+    """Each group's rows move along one feature, which four hidden columns see; two of these weigh nothing."""
+    sparsity = Sparsity(mlp_keep=2 / 64, measure=(1,), dense_layers=0)
+    dense, measure, sparse = make_plan(3, sparsity)
+    layer = make_state(1, sparsity, 256, None, 0, DEVICE).layers[0]
+    w1, w2 = torch.zeros(64, 32, device=DEVICE), torch.randn(64, 32, device=DEVICE).t()        # w2: column after column
+    w1[10:14, 0] = w1[40:44, 1] = 1.0
+    w2[:, [10, 41]] = 0.0
+    w2[:, [13, 42]] *= 0.01
+    x, b1 = torch.rand(1, 256, 32, device=DEVICE), torch.randn(64, device=DEVICE)
+
+    def moved(x):
+        """Every row, group 0 along feature 0 and group 1 along feature 1."""
+        x = x.clone()
+        x[:, :128, 0] += 1.0
+        x[:, 128:, 1] += 1.0
+        return x
+    for step in dense, measure:
+        chipmunk_mlp(x, w1, b1, w2, None, layer, step)
+        x = moved(x)
+    assert layer.mlp_columns[0, :, :2].tolist() == [[11, 12], [40, 43]] and (layer.mlp_counts == 2).all()
+    want, remembered = chipmunk_mlp(x, w1, b1, w2, None, None, None), layer.out.clone()
+    got = chipmunk_mlp(x, w1, b1, w2, None, layer, sparse)
+    assert (got - want).norm() < 0.02 * (remembered - want).norm()          # but for 0.01 of a column all was kept
+
+
 @each_model
 def test_few_columns_are_close_and_more_are_closer(name):
     def error(keep):
@@ -825,7 +851,7 @@ def test_skipped_step_reruns_the_final_layer_only(name):
 
 def test_skipped_steps_repeat_the_last_or_go_on_as_the_last_two_did():
     for extrapolate, expected in (False, 5.0), (True, 8.0):
-        state = make_state(1, Sparsity(delta="none", extrapolate=extrapolate), 4, None, 0)
+        state = make_state(1, Sparsity(delta="none", extrapolate=extrapolate), 4, None, 0, DEVICE)
         state.remember(Step(3, "dense"), torch.full((1, 4, 2), 7.0))
         assert (state.recall(Step(9, "skip")) == 7).all()                   # one tells no direction
         state.remember(Step(4, "dense"), torch.full((1, 4, 2), 3.0))
@@ -1960,10 +1986,11 @@ def test_speed_table_adds_up(monkeypatch, capsys, name):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here is one")
-@pytest.mark.parametrize("table", ["speed", "kernels"])
-def test_tables_that_need_a_gpu_say_so(monkeypatch, table):
-    monkeypatch.setattr(sys, "argv", ["bench.py", table])
-    with pytest.raises(cli.Fail, match="needs a GPU"):
+@pytest.mark.parametrize("table, says", [(["speed"], "needs a GPU"), (["kernels"], "needs a GPU"),
+                                         (["speed", "--frames", "5"], "flux makes pictures")])
+def test_tables_that_cannot_be_made_say_so(monkeypatch, table, says):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *table])
+    with pytest.raises(cli.Fail, match=says):
         bench.main()
 
 # =========================================================================================================

@@ -35,7 +35,7 @@ import hunyuan_chipmunk
 import media
 import parallel
 import wan_chipmunk
-from cache import columns_to_mask, fit_steps, make_plan, make_state
+from cache import fit_steps, make_plan, make_state
 from scenes import check, check_videos, make_moving_scene, make_scene, shape_masks, turned_shapes
 from sparse_kernels import (GROUP, add_columns, attention, attention_triton, attention_with_column_mass,
                             choose_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
@@ -401,6 +401,14 @@ def fastest_attention(q, k, v):
             ms = milliseconds(lambda: F.scaled_dot_product_attention(q, k, v))
         results.append((ms, backend.name.split("_")[0].lower()))
     return min(results)
+
+
+def columns_to_mask(columns, counts, n):
+    """Column lists (..., K), counts (...) -> bool (..., n): is the column in the list?"""
+    inside = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]          # (..., K)
+    index = torch.where(inside, columns, n).long()                   # padding goes to an extra column, cut off again
+    mask = torch.zeros(*counts.shape, n + 1, dtype=torch.bool, device=columns.device)
+    return mask.scatter_(-1, index, True)[..., :n]
 
 
 def flex_ms(q, k, v, columns, counts):

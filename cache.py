@@ -236,14 +236,6 @@ def movement(now, before):
     return F.pad(change, (0, 0, 0, -change.shape[1] % per_group)).unflatten(1, (-1, per_group)).sum(2).sqrt()
 
 
-def columns_to_mask(columns, counts, n):
-    """Column lists (..., K), counts (...) -> bool (..., n): is the column in the list?"""
-    inside = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]          # (..., K)
-    index = torch.where(inside, columns, n).long()                   # padding goes to an extra column, cut off again
-    mask = torch.zeros(*counts.shape, n + 1, dtype=torch.bool, device=columns.device)
-    return mask.scatter_(-1, index, True)[..., :n]
-
-
 def _share(counts, n, unlisted=None):
     """The share of n columns that is computed, means included. It stays on the device: nothing waits for it. -> ()"""
     means = 0 if unlisted is None else unlisted.shape[-1]

@@ -47,8 +47,9 @@ import sparse_kernels as sk
 import text_encoders
 import train_tiny
 import wan_chipmunk
-from cache import (VIDEO_SKIPS, Sparsity, Step, chipmunk_attention, chipmunk_mlp, columns_to_mask, fit_steps,
-                   make_plan, make_state, skip_preset)
+from bench import columns_to_mask
+from cache import (VIDEO_SKIPS, Sparsity, Step, chipmunk_attention, chipmunk_mlp, fit_steps, make_plan,
+                   make_state, skip_preset)
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
 

@@ -261,7 +261,8 @@ def pick_device(text):
 
 def check_capability(capability, dtype, sparsity):
     """Raises Fail for a GPU before Ampere, like T4 (7, 5), unless it runs what it can: float32 without kernels."""
-    if capability < (8, 0) and (dtype == torch.bfloat16 or sparsity):
+    kernels = sparsity and sparsity.delta != "none"
+    if capability < (8, 0) and (dtype == torch.bfloat16 or kernels):
         raise Fail(f"this GPU (compute capability {capability[0]}.{capability[1]}) has no bfloat16, and Chipmunk's "
                    "kernels need 8.0; --dense --dtype float32 works, or --device cpu")
 
@@ -354,7 +355,8 @@ def make_parser(doc, configs, video=False):
     add("--dense", action="store_true", help="recompute everything at every step: the plain model")
     add("--compare", action="store_true",
         help="dense and Chipmunk from the same noise, side by side, with PSNR, SSIM and both times")
-    add("--delta", choices=DELTAS, help="how the remembered part of attention is added (cache.py)")
+    add("--delta", choices=DELTAS,
+        help="how the remembered part of attention is added (cache.py); none: no sparse steps")
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
         help="attention columns recomputed at a sparse step, 0 to 1")
     add("--measure-steps", type=measure_steps, metavar="N|LIST",

@@ -1,24 +1,30 @@
 """Makes the tables of the README.
 
     python bench.py score      does FLUX.1's tiny model draw what the prompt says, dense and with Chipmunk
-                               (sooner with --captions 20, or with --preset for the model's preset alone)
+                               (sooner with --captions 20)
+    python bench.py caching    what it costs to skip steps and compute the others densely: what sparse steps must beat
+    python bench.py frontier   how close to dense at which speed: step caching, the paper's rule, ours, the presets
     python bench.py speed      how long the steps of FLUX.1-dev take, dense and with Chipmunk (on a GPU)
     python bench.py kernels    how fast the kernels are on this GPU, against the framework's fastest dense ones
     torchrun --nproc_per_node 2 bench.py speed     how long the steps take on several GPUs, and what their talk takes
 
-score and speed take --model wan and --model hunyuan as well. score draws captions whose combination of colour, shape
-and relation or motion was held out of training, and looks for what they ask for in the pixels (scenes.py).
+All but kernels take --model wan and --model hunyuan as well. score and caching draw captions whose combination of
+colour, shape and relation or motion was held out of training; score looks for what they ask for in the pixels
+(scenes.py).
 """
 import interrupt
 if __name__ == "__main__":
     interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
 
 import argparse
+import json
 import random
 import re
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
+from pathlib import Path
 from statistics import mean, median
 
 import torch
@@ -35,12 +41,19 @@ import hunyuan_chipmunk
 import media
 import parallel
 import wan_chipmunk
-from cache import fit_steps, make_plan, make_state
-from scenes import check, check_videos, make_moving_scene, make_scene, shape_masks, turned_shapes
+from cache import Sparsity, between, fit_steps, make_plan, make_state
+from scenes import check, check_videos, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, add_columns, attention, attention_triton, attention_with_column_mass,
                             choose_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
 
 BATCH = 20                     # pictures or videos drawn at a time
+VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
+# The original's rule and plan of 50 steps, without its window of voxels and its order of tokens, and with our choice of
+# MLP columns. For HunyuanVideo and Wan2.1 it skips steps; for FLUX.1 it does not.
+ORIGINAL = {"flux": {"delta": "paper", "measure": 10, "skip": ()},
+            "wan": {"delta": "paper", "measure": 10, "skip": VIDEO_SKIPS},
+            "hunyuan": {"delta": "paper", "measure": (1, 10, 40), "skip": VIDEO_SKIPS}}
+FULL_STEPS = ((1, 3, 6, 12, 20, 32), (1, 2, 4, 7, 12, 20, 30, 40), (1, 2, 3, 4, 6, 8, 11, 14, 18, 23, 29, 35, 42))
 
 
 def print_row(*cells):
@@ -62,12 +75,12 @@ def where(device):
 # one; ranks: from parallel.start
 
 
-def sample_flux(flux, noise, text, pooled, config, sparsity, seed, watch=iter, ranks=None):
+def sample_flux(flux, noise, text, pooled, config, steps, sparsity, seed, watch=iter, ranks=None):
     """noise (B, z, 2h, 2w) -> latents, likewise."""
     h, w = (side // 2 for side in noise.shape[-2:])
     layout = flux_chipmunk.make_layout(config.flux, h, w, text.shape[1], noise.device, ranks)
-    sigmas = flux_chipmunk.make_sigmas(config.steps, h * w, config.shift)
-    plan = watch(make_plan(config.steps, sparsity))
+    sigmas = flux_chipmunk.make_sigmas(steps, h * w, config.shift)
+    plan = watch(make_plan(steps, sparsity))
     layers, tokens = len(flux.double_blocks) + len(flux.single_blocks), text.shape[1] + h * w
     state = make_state(layers, sparsity, tokens, None, seed, noise.device)
     x = flux_chipmunk.patchify(noise)                                # (B, h w, 4 z)
@@ -75,25 +88,25 @@ def sample_flux(flux, noise, text, pooled, config, sparsity, seed, watch=iter, r
     return flux_chipmunk.unpatchify(x, h, w)
 
 
-def sample_wan(wan, noise, texts, config, sparsity, seed, watch=iter, ranks=None):
+def sample_wan(wan, noise, texts, config, steps, sparsity, seed, watch=iter, ranks=None):
     """noise (B, z, t, 2h, 2w), texts of the prompts and of the negative prompt -> latents, shaped as the noise."""
     t, h, w = noise.shape[2:]
     layout = wan_chipmunk.make_layout(config.wan, (t, h // 2, w // 2), config.window, noise.device, ranks)
     texts = parallel.own_branches(ranks, texts)
-    schedule = wan_chipmunk.make_schedule(config.steps, config.shift)
-    plan = watch(make_plan(config.steps, sparsity))
+    schedule = wan_chipmunk.make_schedule(steps, config.shift)
+    plan = watch(make_plan(steps, sparsity))
     states = [make_state(len(wan.blocks), sparsity, len(layout.order), layout.static, seed, noise.device)
               for _ in texts]
     return wan_chipmunk.sample(wan, noise, texts, config.guidance, schedule, layout, plan, states, ranks)
 
 
-def sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, seed, watch=iter, ranks=None):
+def sample_hunyuan(hunyuan, noise, text, pooled, config, steps, sparsity, seed, watch=iter, ranks=None):
     """noise (B, z, t, 2h, 2w), text without padding -> latents, shaped as the noise."""
     t, h, w = noise.shape[2:]
     grid = t, h // 2, w // 2
     layout = hunyuan_chipmunk.make_layout(config.hunyuan, grid, text.shape[1], noise.device, ranks)
-    sigmas = hunyuan_chipmunk.make_sigmas(config.steps, config.shift)
-    plan = watch(make_plan(config.steps, sparsity))
+    sigmas = hunyuan_chipmunk.make_sigmas(steps, config.shift)
+    plan = watch(make_plan(steps, sparsity))
     layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
     state = make_state(layers, sparsity, len(layout.order), layout.static, seed, noise.device)
     return hunyuan_chipmunk.sample(hunyuan, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
@@ -110,10 +123,10 @@ def draw_with_flux(captions, config, device):
     flux.lay_out_for_deltas()
     side = config.size // 16
 
-    def generate(batch, sparsity):
+    def generate(batch, sparsity, steps=config.steps):
         noise = [flux_chipmunk.make_noise(config.autoencoder.z, side, side, seed) for seed in batch.tolist()]
         noise = torch.cat(noise).to(device).float()                  # (B, z, 2 side, 2 side)
-        x = sample_flux(flux, noise, text[batch], pooled[batch], config, sparsity, int(batch[0]))
+        x = sample_flux(flux, noise, text[batch], pooled[batch], config, steps, sparsity, int(batch[0]))
         return autoencoder.decode(x).clamp(-1, 1)                    # (B, 3, H, W)
     return torch.arange(len(captions)).split(BATCH), generate
 
@@ -126,11 +139,11 @@ def draw_with_wan(captions, config, device):
                 for part in ("wan", "vae"))
     shape = config.frames // 4 + 1, config.height // 8, config.width // 8
 
-    def generate(batch, sparsity):
+    def generate(batch, sparsity, steps=config.steps):
         noise = [wan_chipmunk.make_noise(config.wan.channels, *shape, seed) for seed in batch.tolist()]
         noise = torch.cat(noise).to(device)                          # (B, z, t, 2h, 2w)
         both = texts[batch], negative.expand(len(batch), -1, -1)
-        x = sample_wan(wan, noise, both, config, sparsity, int(batch[0]))
+        x = sample_wan(wan, noise, both, config, steps, sparsity, int(batch[0]))
         return torch.cat([vae.decode(latents) for latents in x.split(1)]).clamp(-1, 1)       # (B, 3, T, H, W)
     return torch.arange(len(captions)).split(BATCH), generate
 
@@ -143,11 +156,11 @@ def draw_with_hunyuan(captions, config, device):
     lengths = mask.sum(1).cpu()                                      # a batch has captions of one length, so no padding
     same_length = [(lengths == n).nonzero()[:, 0] for n in lengths.unique()]
 
-    def generate(batch, sparsity):
+    def generate(batch, sparsity, steps=config.steps):
         noise = [hunyuan_chipmunk.make_noise(config.hunyuan.z, grid, seed) for seed in batch.tolist()]
         noise = torch.cat(noise).to(device).float()                  # (B, z, t, 2h, 2w)
         real_text = text[batch, :lengths[batch[0]]]                  # (B, T, text_dim)
-        x = sample_hunyuan(hunyuan, noise, real_text, pooled[batch], config, sparsity, int(batch[0]))
+        x = sample_hunyuan(hunyuan, noise, real_text, pooled[batch], config, steps, sparsity, int(batch[0]))
         return torch.cat([vae.decode(latents) for latents in x.split(1)]).clamp(-1, 1)       # (B, 3, T, H, W)
     return [batch for captions in same_length for batch in captions.split(BATCH)], generate
 
@@ -156,60 +169,174 @@ DRAW = {"flux": (flux_chipmunk, draw_with_flux), "wan": (wan_chipmunk, draw_with
         "hunyuan": (hunyuan_chipmunk, draw_with_hunyuan)}
 
 
-def variants_to_score(config, original_measure, preset_alone):
-    """{name: Sparsity, or None for dense} of the table's rows."""
-    def variant(**changes):
-        return fit_steps(replace(config.sparsity, **changes), config.steps, config.steps)
-    if preset_alone:
-        return {"dense": None, "Chipmunk, preset": variant()}
-    early, variants = config.sparsity.measure, {"dense": None}
-    for delta, measure, name in (("mass", early, "delta=mass"), ("paper", early, "delta=paper"),
-                                 ("paper", original_measure, "delta=paper, the original's measure steps")):
-        variants[name] = variant(delta=delta, measure=measure, skip="none")
-        variants[f"{name}, step caching"] = variant(delta=delta, measure=measure)
-    return variants
+def prepare(args):
+    """-> the tiny model's Config, the device, held-out scenes, what the judge compares shapes with, and batches and
+    generate for the scenes' captions (above)."""
+    program, draw_with = DRAW[args.model]
+    config, device = program.CONFIGS["tiny"], cli.pick_device(args.device)
+    rng, make = random.Random(2506), make_scene if args.model == "flux" else make_moving_scene
+    scenes = [make(rng, train=False, plain=True) for _ in range(args.captions)]
+    templates = turned_shapes(device)
+    return config, device, scenes, templates, *draw_with([scene.caption for scene in scenes], config, device)
+
+
+def looked_at(scenes, drawn, templates):
+    """How right drawn pictures (B, 3, H, W) or videos (B, 3, T, H, W) are: for each of their scenes the five numbers of
+    scenes.check."""
+    if drawn.dim() == 5:
+        return check_videos(scenes, drawn, templates)
+    return [check(scene, picture, templates) for scene, picture in zip(scenes, drawn)]
+
+
+def likeness(dense, drawn):
+    """-> [(PSNR, SSIM)] of pictures (B, 3, H, W) or videos (B, 3, T, H, W)"""
+    if drawn.dim() == 5:
+        dense, drawn = dense.transpose(1, 2), drawn.transpose(1, 2)  # (B, T, 3, H, W)
+    else:
+        dense, drawn = dense[:, None], drawn[:, None]                # (B, 1, 3, H, W)
+    return [(media.psnr(*pair), media.ssim(*pair)) for pair in zip(dense, drawn)]
 
 
 @torch.no_grad()
 def score(args):
-    program, draw_with = DRAW[args.model]
-    config, device, moving = program.CONFIGS["tiny"], cli.pick_device(args.device), program is not flux_chipmunk
-    rng, make = random.Random(2506), make_moving_scene if moving else make_scene
-    scenes = [make(rng, train=False, plain=True) for _ in range(args.captions)]
-    batches, generate = draw_with([scene.caption for scene in scenes], config, device)
-    known = turned_shapes(device) if moving else shape_masks(device)
-    original_measure = wan_chipmunk.WAN_SPARSITY.measure if moving else 10
-    variants = variants_to_score(config, original_measure, args.preset)
+    config, device, scenes, templates, batches, generate = prepare(args)
+    steps = config.steps
+    variants = {"dense": None}
+    variants |= {f"preset {name}": fit_steps(preset, steps, steps) for name, preset in config.presets.items()}
+    variants["the paper's rule and plan"] = replace(config.presets["balanced"], **ORIGINAL[args.model])
 
     totals = {name: [0] * 5 for name in variants}
-    likeness = {name: [] for name in variants}
+    alike = {name: [] for name in variants}
     for batch in tqdm(batches, "batches of captions"):
-        asked = [scenes[i] for i in batch]
+        dense = generate(batch, None)                                # (B, 3, H, W) or (B, 3, T, H, W)
         for name, sparsity in variants.items():
-            drawn = generate(batch, sparsity)                        # (B, 3, H, W) or (B, 3, T, H, W)
-            if moving:
-                checks = check_videos(asked, drawn, known)
-                drawn = drawn.transpose(1, 2)                        # (B, T, 3, H, W)
-            else:
-                checks = [check(scene, picture, known) for scene, picture in zip(asked, drawn)]
-                drawn = drawn[:, None]                               # (B, 1, 3, H, W)
+            drawn = dense if sparsity is None else generate(batch, sparsity)
+            checks = looked_at([scenes[i] for i in batch], drawn, templates)
             totals[name] = [sum(column) for column in zip(totals[name], *checks)]
-            if name == "dense":
-                dense = drawn
-                continue
-            likeness[name] += [(media.psnr(a, b), media.ssim(a, b)) for a, b in zip(dense, drawn)]
+            alike[name] += likeness(dense, drawn)
 
-    title = f"{args.model} tiny, {args.captions} captions, {config.steps} steps"
-    related = "motions right" if moving else "relations right"
-    print_header(title, "things right", related, "backgrounds right", "PSNR to dense", "SSIM")
+    related = "relations right" if args.model == "flux" else "motions right"
+    print_header(f"{args.model} tiny, {args.captions} captions, {steps} steps", "things right", related,
+                 "backgrounds right", "PSNR to dense", "SSIM")
     for name, (things, asked, related, relations, background) in totals.items():
-        quality = "-", "-"
-        if name != "dense":
-            psnrs, ssims = zip(*likeness[name])
-            quality = f"{mean(psnrs):.2f} dB", f"{mean(ssims):.4f}"
+        psnrs, ssims = zip(*alike[name])
+        quality = ("-", "-") if name == "dense" else (f"{mean(psnrs):.2f} dB", f"{mean(ssims):.4f}")
         print_row(name, f"{things / asked:.1%}", f"{related / max(1, relations):.1%}",
                   f"{background / args.captions:.1%}", *quality)
     cli.say(f"\n({where(device)}, float32)")
+
+# ---------------------------------------------------------------------------------------------------------
+# caching: every layer dense, and some steps skipped
+
+
+def skipping_plans(steps, speedup):
+    """Ways to compute only `steps` / `speedup` steps: the first few, then one of every so many.
+    -> {(first, every): the steps skipped}"""
+    plans = {}
+    for every in 2, 3, 4, 5, 6, 8:
+        for first in range(1, steps):
+            skipped = tuple(i for i in range(first, steps) if (i - first + 1) % every)
+            if steps - len(skipped) == round(steps / speedup):
+                plans[first, every] = skipped
+                break
+    return plans
+
+
+@torch.no_grad()
+def caching(args):
+    config, device, *_, batches, generate = prepare(args)
+    plans = {(speedup, *plan): skipped for speedup in (1.5, 2.0, 2.2, 2.5, 2.75, 3.5)
+             for plan, skipped in skipping_plans(config.steps, speedup).items()}
+    psnrs = {plan: [] for plan in plans}
+    for batch in tqdm(batches, "batches of captions"):
+        dense = generate(batch, None)                                # (B, 3, H, W) or (B, 3, T, H, W)
+        for plan, skipped in plans.items():
+            drawn = generate(batch, Sparsity(delta="none", measure=(), skip=skipped))
+            for pair in zip(dense, drawn):
+                psnrs[plan].append(media.psnr(*pair))
+    print_header(f"{args.model} tiny, {args.captions} captions, {config.steps} steps, all dense, some skipped",
+                 "best plan", "PSNR to dense", "other plans: first, every")
+    for speedup in sorted({plan[0] for plan in plans}):
+        ranked = sorted(((mean(psnrs[plan]), *plan[1:]) for plan in plans if plan[0] == speedup), reverse=True)
+        best, first, every = ranked[0]
+        others = [f"{first}, {every}: {value:.1f}" for value, first, every in ranked[1:]]
+        print_row(f"{speedup}x", f"the first {first}, then one of every {every}", f"{best:.1f} dB", "; ".join(others))
+    print(f"\n({where(device)}, float32)")
+
+# ---------------------------------------------------------------------------------------------------------
+# frontier: how close to dense at which speed, by the time that the real model's steps take
+
+STEP_TIMES = Path(__file__).with_name("step_times.json")             # `speed` writes it
+FIGURES = Path(__file__).with_name("assets")
+SPEEDUPS = 1.25, 1.5, 2.0, 2.5, 3.0, 4.0
+
+
+def plans_to_compare(model, config):
+    """Plans for 50 steps, as the presets are. -> {family: [(label, number of steps, Sparsity or None for dense)]}"""
+    preset = config.presets["balanced"]
+    plans = {"fewer steps": [(f"{n} steps", n, None) for n in (40, 33, 25, 20, 17, 14, 12)]}
+    plans["step caching alone"] = [
+        (f"the first {first}, then one of {every}", 50,
+         Sparsity(delta="none", measure=(), skip=between((), every, first), extrapolate=extrapolate))
+        for every in (2, 3, 4, 5, 7) for first in (2, 4, 8, 12, 20, 28) for extrapolate in (False, True)]
+    original = ORIGINAL[model]
+    plans["the paper's rule"] = [("its plan", 50, replace(preset, **original)),
+                                 ("its plan, none skipped", 50, replace(preset, **original | {"skip": ()}))]
+    plans["ours, columns alone"] = [(f"{len(full) + 1} full", 50, replace(preset, measure=full, skip=()))
+                                    for full in FULL_STEPS]
+    plans["ours, stacked"] = [
+        (f"{len(full) + 1} full, from {first} on one of {every}", 50,
+         replace(preset, measure=full, skip=between(full, every, first), extrapolate=extrapolate))
+        for full in FULL_STEPS for every in (2, 3, 4) for first in (1, 5, 12) for extrapolate in (False, True)]
+    plans["presets"] = [(name, 50, sparsity) for name, sparsity in config.presets.items()]
+    return plans
+
+
+@torch.no_grad()
+def frontier(args):
+    config, device, scenes, templates, batches, generate = prepare(args)
+    times = json.loads(STEP_TIMES.read_text())[args.model]
+    results = {}                                                     # {family: [(speed-up, PSNR, SSIM, things, label)]}
+    dense = [generate(batch, None) for batch in batches]
+    for family, plans in plans_to_compare(args.model, config).items():
+        results[family] = []
+        for label, steps, sparsity in tqdm(plans, family):
+            alike, things, asked = [], 0, 0
+            for batch, original in zip(batches, dense):
+                drawn = generate(batch, sparsity, steps)
+                alike += likeness(original, drawn)
+                checks = looked_at([scenes[i] for i in batch], drawn, templates)
+                things, asked = things + sum(c[0] for c in checks), asked + sum(c[1] for c in checks)
+            psnrs, ssims = zip(*alike)
+            kinds = [step.mode if sparsity else "dense model" for step in make_plan(steps, sparsity)]
+            speedup = config.steps * times["eager"]["dense model"] / sum(times["eager"][kind] for kind in kinds)
+            results[family].append((speedup, mean(psnrs), mean(ssims), things / asked, label))
+
+    print_header(f"{args.model} tiny, {args.captions} captions, at least", *(f"{speedup}x" for speedup in SPEEDUPS))
+    for family, found in results.items():
+        cells = []
+        for least in SPEEDUPS:
+            fast = [row for row in found if row[0] >= least]
+            speedup, psnr, ssim, things, label = max(fast, key=lambda row: row[1], default=[0] * 5)
+            cells.append(f"{psnr:.1f} dB, {ssim:.4f}, {things:.0%} ({speedup:.2f}x: {label})" if fast else "-")
+        print_row(family, *cells)
+    draw_frontier(results, args.model, times)
+    cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']} on {times['device']})")
+
+
+def draw_frontier(results, model, times):
+    """assets/frontier-MODEL.png: PSNR against speed-up; of every family its plans, and a line through the best."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    for family, found in results.items():
+        points = sorted((row[:2] for row in found), reverse=True)    # fastest first
+        best = [point for i, point in enumerate(points) if point[1] >= max(p[1] for p in points[:i + 1])]
+        color = axes.plot(*zip(*best), "*" if family == "presets" else "-", label=family)[0].get_color()
+        axes.plot(*zip(*points), ".", color=color, alpha=0.3)
+    axes.set(xlabel=f"speed-up by the time of {times['model']}", ylabel="PSNR to dense, dB", xlim=(1, 5),
+             title=f"{model} tiny: how close to dense at which speed")
+    axes.legend()
+    figure.savefig(FIGURES / f"frontier-{model}.png", bbox_inches="tight")
 
 # ---------------------------------------------------------------------------------------------------------
 # speed: the real models' transformers with random weights, which take about as long as trained ones
@@ -237,7 +364,7 @@ def random_flux(config, device):
     side = config.size // 8
     shapes = (config.autoencoder.z, side, side), (config.text_length, config.flux.text_dim), (config.flux.pooled_dim,)
     inputs = [torch.randn(1, *shape, device=device, dtype=torch.bfloat16) for shape in shapes]
-    return flux, lambda sparsity, *how: sample_flux(flux, *inputs, config, sparsity, 0, *how)
+    return flux, lambda sparsity, *how: sample_flux(flux, *inputs, config, config.steps, sparsity, 0, *how)
 
 
 def random_wan(config, device):
@@ -245,7 +372,7 @@ def random_wan(config, device):
     shape = config.wan.channels, config.frames // 4 + 1, config.height // 8, config.width // 8
     noise = torch.randn(1, *shape, device=device)
     texts = torch.randn(2, 1, config.text_length, config.wan.text_dim, device=device, dtype=torch.bfloat16)
-    return wan, lambda sparsity, *how: sample_wan(wan, noise, texts, config, sparsity, 0, *how)
+    return wan, lambda sparsity, *how: sample_wan(wan, noise, texts, config, config.steps, sparsity, 0, *how)
 
 
 def random_hunyuan(config, device):
@@ -254,7 +381,8 @@ def random_hunyuan(config, device):
     noise = torch.randn(1, *shape, device=device)
     text = torch.randn(1, config.text_length, config.hunyuan.text_dim, device=device, dtype=torch.bfloat16)
     pooled = torch.randn(1, config.hunyuan.pooled_dim, device=device, dtype=torch.bfloat16)
-    return hunyuan, lambda sparsity, *how: sample_hunyuan(hunyuan, noise, text, pooled, config, sparsity, 0, *how)
+    inputs = noise, text, pooled, config, config.steps
+    return hunyuan, lambda sparsity, *how: sample_hunyuan(hunyuan, *inputs, sparsity, 0, *how)
 
 
 def now():
@@ -331,45 +459,51 @@ def speed(args):
 
 @torch.no_grad()
 def speed_table(stem, name, config, device, ranks=None):
-    """Time the steps of a model with random weights, eager and compiled, and print what 50 of them take."""
+    """Time the steps of a model with random weights, eager and compiled; print what the presets' 50 take, and on one
+    GPU note the times in step_times.json."""
     model, sample = REAL[stem][2](config, device)
-    sparsity = fit_steps(config.sparsity, config.steps, config.steps)
-    kinds = [step.mode for step in make_plan(config.steps, sparsity)]
-    first = {kind: kinds.index(kind) for kind in kinds}
-    shown = max(first.values()) + 2                                  # one step more than shows every kind
-    dense, ours, peaks = [], [], []                                  # eager, compiled: seconds; {kind: seconds}; bytes
+    sparsity = replace(config.presets["balanced"], measure=(1, 4), skip=(6,))    # soon shows every kind of step
+    kinds = [step.mode for step in make_plan(config.steps, sparsity)][:8]
+    ways, peaks = {}, []                                             # {way to run: {kind of step: seconds}}, bytes
 
-    def medians(seconds):
-        return {kind: median([s for k, s in zip(kinds, seconds) if k == kind]) for kind in first}
-    for compiled in False, True:
-        if compiled:
+    def times(seconds):
+        taken = list(zip(kinds, seconds(sample, sparsity, len(kinds), ranks)))
+        return {kind: median([s for k, s in taken if k == kind]) for kind in dict.fromkeys(kinds)}
+
+    def dense_time(seconds):
+        return {"dense model": median(seconds(sample, None, 4, ranks))}
+    for way in "eager", "compiled":
+        if way == "compiled":
             for path, module in model.named_modules():
                 if re.search(r"blocks\.\d+$", path):
                     module.compile()
         peak_memory(device)
-        dense.append(median(step_seconds(sample, None, 4, ranks)))
+        ways[way] = dense_time(step_seconds)
         peaks.append(peak_memory(device))
-        ours.append(medians(step_seconds(sample, sparsity, shown, ranks)))
+        ways[way] |= times(step_seconds)
         peaks.append(peak_memory(device))
-    columns, count = ["eager", "compiled"], 1
     if ranks:
-        columns, count = [*columns, "compiled, in collectives"], dist.get_world_size()
-        dense.append(median(collective_seconds(sample, None, 4, ranks)))
-        ours.append(medians(collective_seconds(sample, sparsity, shown, ranks)))
+        ways["compiled, in collectives"] = dense_time(collective_seconds) | times(collective_seconds)
 
     size = f"{config.width}x{config.height}" + (f"x{config.frames}" if stem != "flux" else "")
-    gpus = f"{count} GPUs, " if ranks else ""
-    print_header(f"{stem} {name}, {size}, {gpus}a step", f"of {config.steps}", *columns)
-    print_row("of the dense model", str(config.steps), *(f"{s:.3f} s" for s in dense))
-    for kind in first:
-        print_row(kind, str(kinds.count(kind)), *(f"{seconds[kind]:.3f} s" for seconds in ours))
-    dense_totals = [config.steps * s for s in dense]
-    totals = [sum(seconds[kind] for kind in kinds) for seconds in ours]
-    print_row(f"**all {config.steps}, dense**", "", *(f"{t:.1f} s" for t in dense_totals))
-    print_row(f"**all {config.steps}, Chipmunk**", "",
-              *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense_totals, totals)))
+    gpus = f"{dist.get_world_size()} GPUs, " if ranks else ""
+    print_header(f"{stem} {name}, {size}, {gpus}a step", *ways)
+    for kind in ways["eager"]:
+        print_row(kind, *(f"{seconds[kind]:.3f} s" for seconds in ways.values()))
+    dense = [config.steps * seconds["dense model"] for seconds in ways.values()]
+    print_row(f"**all {config.steps}, dense**", *(f"{total:.1f} s" for total in dense))
+    for preset, sparsity in config.presets.items():
+        plan = make_plan(config.steps, sparsity)
+        totals = [sum(seconds[step.mode] for step in plan) for seconds in ways.values()]
+        print_row(f"**all {config.steps}, preset {preset}**",
+                  *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense, totals)))
     memory = ", ".join(f"{name} {peak / 1e9:.1f} GB" for name, peak in zip(("dense", "Chipmunk"), peaks))
     cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: {memory})")
+    if ranks is None:
+        known = json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {}
+        known[stem] = {"model": f"{name}, {size}", "device": where(device), "date": str(date.today()),
+                       **{way: {kind: round(s, 4) for kind, s in times.items()} for way, times in ways.items()}}
+        STEP_TIMES.write_text(json.dumps(known, indent=1) + "\n")
 
 # ---------------------------------------------------------------------------------------------------------
 # kernels
@@ -502,15 +636,15 @@ def kernels(args):
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["score", "speed", "kernels"])
-    parser.add_argument("--model", choices=list(DRAW), default="flux", help="of score and speed (default: flux)")
-    parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200, help="of score (default: 200)")
-    parser.add_argument("--preset", action="store_true", help="of score: dense and the model's preset alone")
+    parser.add_argument("table", choices=["score", "caching", "frontier", "speed", "kernels"])
+    parser.add_argument("--model", choices=list(DRAW), default="flux", help="of all but kernels (default: flux)")
+    parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200,
+                        help="of score, caching and frontier (default: 200)")
     parser.add_argument("--frames", type=cli.number(*cli.RANGES["frames"]),
                         help="of speed for videos (default: the model's, but 33 of hunyuan's 129)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"score": score, "speed": speed, "kernels": kernels}[args.table](args)
+    {"score": score, "caching": caching, "frontier": frontier, "speed": speed, "kernels": kernels}[args.table](args)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,7 @@ import torch.nn.functional as F
 from sparse_kernels import (GROUP, POOL, Pooled, add_columns, attention, attention_with_column_mass, block_means,
                             choose_columns, count_unlisted, sparse_mlp_fc1, sparse_mlp_fc2, split_off_columns)
 
-# Steps of 50 that the original skips on HunyuanVideo and Wan2.1.
-VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
-# Steps of 50 to measure at if dense attention costs little: a picture's early steps change fastest.
-EARLY_STEPS = (1, 2, 4, 7, 12, 20, 30, 40)
 SAMPLED = 8                    # of every so many rows of the MLP, one tells which columns move
-SKIP_PRESETS = ("none", "alternate", "video")
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Sparsity:
     attn_random: float = 0.0         # share kept at random
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
     measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
-    skip: tuple | str = ()           # rerun only the final layer at these steps unless they measure; or a SKIP_PRESET
+    skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
     delta: str = "paper"             # "pooled" | "mass" | "paper" | "none": no sparse steps, all but skipped are dense
     extrapolate: bool = False        # do skipped steps go on as the last two computed ones did, or repeat the last?
     dense_layers: int = 2            # the first layers are always dense
@@ -59,20 +54,29 @@ class Step:
 
 
 def fit_steps(sparsity, steps, made_for):
-    """A preset, which lists steps of a run of `made_for` and may name the steps to skip, for a run of `steps`."""
-    measure, skip = sparsity.measure, sparsity.skip
+    """A preset, which lists steps of a run of `made_for`, for a run of `steps`."""
+    measure = sparsity.measure
     if not isinstance(measure, int):
         measure = tuple(sorted({min(max(1, round(i * steps / made_for)), steps - 1) for i in measure}))
-    return replace(sparsity, measure=measure, skip=skip_preset(skip, steps) if isinstance(skip, str) else skip)
+    skip = tuple(i for i in range(1, steps) if round(i * made_for / steps) in sparsity.skip)
+    return replace(sparsity, measure=measure, skip=skip)
 
 
-def skip_preset(name, steps):
-    """The steps that one of SKIP_PRESETS skips in a run of `steps`. -> tuple"""
-    if name == "alternate":                                          # every second one of the last three quarters
-        return tuple(range(max(2, round(0.24 * steps)), steps - 2, 2))
-    if name == "video":
-        return tuple(i for i in range(1, steps) if round(i * 50 / steps) in VIDEO_SKIPS)
-    return ()
+def between(full, every, first=1, steps=50):
+    """The steps to skip so that from `first` on, between the steps in `full`, only every `every`-th is computed.
+    -> tuple"""
+    skipped, age = [], 0                                             # age: steps since the last full one
+    for i in range(steps):
+        age = 0 if i in full or i < first else age + 1
+        if age % every:
+            skipped.append(i)
+    return tuple(skipped)
+
+
+def relative_time(plan, costs):
+    """How long a plan takes, as a share of the dense model's time for as many steps. costs: {a step's mode: its time as
+    a share of a step of the dense model}"""
+    return sum(costs[step.mode] for step in plan) / len(plan)
 
 
 def make_plan(steps, sparsity):

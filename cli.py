@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cache import SKIP_PRESETS, Sparsity, fit_steps, make_plan, skip_preset
+from cache import Sparsity, fit_steps, make_plan, relative_time
 from interrupt import at_ctrl_c
 from sparse_kernels import NO_KERNEL
 
@@ -156,7 +156,8 @@ class Settings:
     guidance: float | None = None
     seed: int = 0
     dense: bool = False                  # recompute everything at every step
-    sparsity: Sparsity | None = None     # what Chipmunk recomputes; None after fill: nothing is cached
+    preset: str = "balanced"             # what Chipmunk recomputes; the model's: "quality" | "balanced" | "fast"
+    sparsity: Sparsity | None = None     # that in detail, instead of a preset; None after fill: nothing is cached
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
 
@@ -183,11 +184,9 @@ def fill(settings, configs):
     sparsity = settings.sparsity
     if settings.dense:
         sparsity = None
-    elif given["sparsity"] is None:
-        sparsity = fit_steps(sparsity, settings.steps, config.steps)
+    elif sparsity is None:
+        sparsity = preset(config, settings.preset, settings.steps)
     else:
-        if isinstance(sparsity, Sparsity) and sparsity.skip in SKIP_PRESETS:
-            sparsity = replace(sparsity, skip=skip_preset(sparsity.skip, settings.steps))
         check_sparsity(sparsity, settings.steps)
     device = settings.device
     if device is None:
@@ -203,6 +202,19 @@ def fill(settings, configs):
         check_capability(torch.cuda.get_device_capability(device), dtype, sparsity)
     return replace(settings, width=round_size("width", settings.width), height=round_size("height", settings.height),
                    sparsity=sparsity, device=device, dtype=dtype)
+
+
+def preset(config, name, steps):
+    """A model's preset for a run of `steps`. If these are too few for it to be faster than dense: step caching alone,
+    or None, dense. Raises Fail if there is no such preset."""
+    if name not in config.presets:
+        raise Fail(f"no preset {name!r}; choose from {', '.join(config.presets)}")
+    sparsity = fit_steps(config.presets[name], steps, config.steps)
+    for choice in sparsity, replace(sparsity, delta="none"):
+        if relative_time(make_plan(steps, choice), config.costs) < 1:
+            return choice
+    note(f"in {steps} steps, preset {name} is not faster than dense; so nothing is reused")
+    return None
 
 
 def check_sparsity(sparsity, steps):
@@ -324,7 +336,7 @@ def measure_steps(text):
 
 
 def skip_steps(text):
-    return text if text in SKIP_PRESETS else step_list(text)
+    return () if text == "none" else step_list(text)
 
 
 def make_parser(doc, configs, video=False):
@@ -355,14 +367,16 @@ def make_parser(doc, configs, video=False):
     add("--dense", action="store_true", help="recompute everything at every step: the plain model")
     add("--compare", action="store_true",
         help="dense and Chipmunk from the same noise, side by side, with PSNR, SSIM and both times")
+    add("--preset", choices=list(configs["tiny"].presets), default="balanced",
+        help="how much to recompute; what follows changes it (default: balanced)")
     add("--delta", choices=DELTAS,
         help="how the remembered part of attention is added (cache.py); none: no sparse steps")
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
         help="attention columns recomputed at a sparse step, 0 to 1")
     add("--measure-steps", type=measure_steps, metavar="N|LIST",
         help="choose attention columns anew every N steps, or at the listed steps (1,2,4,7; a single one: 5,)")
-    add("--skip-steps", type=skip_steps, metavar="LIST|NAME",
-        help=f"step caching: these steps rerun only the final layer; a list, or one of {', '.join(SKIP_PRESETS)}")
+    add("--skip-steps", type=skip_steps, metavar="LIST",
+        help="step caching: these steps rerun only the final layer; a list, or none")
     add("--show-plan", action="store_true", help="print what every step does, then stop")
     return parser, chipmunk
 
@@ -374,29 +388,34 @@ def parse(parser, configs):
     config = configs[args.model]
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
     steps = args.steps or config.steps
-    sparsity = chosen_sparsity(args, config.sparsity, steps, config.steps)
-    plan = make_plan(steps, None if args.dense else sparsity)
+    sparsity = chosen_sparsity(args, config, steps)
+    plan = make_plan(steps, sparsity)
     if args.show_plan:
         show_plan(plan)
         sys.exit()
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
+    if sparsity is None and args.compare:
+        raise Fail(f"nothing to compare: in {steps} steps preset {args.preset} is the dense model; take more --steps")
     note_idle_flags(args, plan)
-    return args, fill(Settings(**given, sparsity=sparsity), configs)
+    return args, fill(Settings(**given | {"dense": sparsity is None}, sparsity=sparsity), configs)
 
 
-def chosen_sparsity(args, preset, steps, made_for):
-    """The preset, which lists steps of a run of `made_for`, for a run of `steps`, changed as the flags say.
+def chosen_sparsity(args, config, steps):
+    """What the flags say to recompute in a run of `steps`. -> Sparsity; None: everything.
     Raises Fail if they list a step that the run does not have."""
-    skip = args.skip_steps
-    if isinstance(skip, str):
-        skip = skip_preset(skip, steps)
-    changes = {"delta": args.delta, "attn_keep": args.attn_keys, "measure": args.measure_steps, "skip": skip}
+    changes = {"delta": args.delta, "attn_keep": args.attn_keys, "measure": args.measure_steps, "skip": args.skip_steps}
     if "mlp_keys" in args:                                           # FLUX alone has this flag
         changes["mlp_keep"] = args.mlp_keys
     changes = {name: value for name, value in changes.items() if value is not None}
-    sparsity = replace(fit_steps(preset, steps, made_for), **changes)
+    if args.dense:
+        return None
+    if not changes:
+        return preset(config, args.preset, steps)
+    sparsity = replace(fit_steps(config.presets[args.preset], steps, config.steps), **changes)
     check_sparsity(sparsity, steps)
+    if relative_time(make_plan(steps, sparsity), config.costs) >= 1:
+        note("with these flags a run is not faster than --dense")
     return sparsity
 
 

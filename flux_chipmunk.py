@@ -39,7 +39,7 @@ import checkpoints
 import cli
 import media
 import parallel
-from cache import EARLY_STEPS, Sparsity, chipmunk_attention, chipmunk_mlp, make_plan, make_state, until_sparse
+from cache import Sparsity, between, chipmunk_attention, chipmunk_mlp, make_plan, make_state, until_sparse
 from parallel import Ranks, gather_heads, gather_rows, scatter_heads
 from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
@@ -86,8 +86,9 @@ class Config:
     size: int                  # default width and height, pixels
     steps: int
     guidance: float
-    shift: bool                # shift the schedule towards noise for larger pictures?
-    sparsity: Sparsity
+    shift: tuple | None        # how far the schedule is shifted towards noise: mu at 256 and at 4,096 image tokens
+    presets: dict              # {name: Sparsity}, for `steps` steps
+    costs: dict                # {a step's mode: its time as a share of the dense model's}, from step_times.json
 
     @property
     def width(self):
@@ -95,11 +96,13 @@ class Config:
     height = width
 
 
-# Columns as in the original's preset for FLUX.1-dev, which measures every 10 steps (--measure-steps 10). Early steps
-# change fastest, so ours measures early. The README's table says what that, the delta and the skipped steps do to the
-# picture.
-FLUX_SPARSITY = Sparsity(attn_keep=0.165, attn_random=0.0, mlp_keep=0.30, delta="mass",
-                         measure=EARLY_STEPS, skip="alternate")
+# Columns as in the original's preset for FLUX.1-dev. Early steps change fastest, so most full steps are early.
+EARLY = 1, 2, 4, 7, 12, 20, 30, 40
+FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", measure=EARLY)
+FLUX_PRESETS = {"quality": replace(FLUX_COLUMNS, skip=between(EARLY, 2, 12)),
+                "balanced": replace(FLUX_COLUMNS, skip=between(EARLY, 3, 12)),
+                "fast": replace(FLUX_COLUMNS, skip=between(EARLY, 4, 5))}
+FLUX_COSTS = {"dense": 1.09, "measure": 1.26, "sparse": 0.8, "skip": 0.005}
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
               "t5": tuple(f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2))}
@@ -110,22 +113,24 @@ CONFIGS = {
         weights=Path(__file__).parent / "weights/flux-tiny",
         files={"flux": ("flux1-tiny.safetensors",), "autoencoder": ("ae.safetensors",),
                "clip": ("text_encoder/model.safetensors",), "t5": ("text_encoder_2/model.safetensors",)},
-        flux=FluxConfig(channels=32, text_dim=96, pooled_dim=64, dim=192, heads=3, double_blocks=2,
-                        single_blocks=6, axes=(8, 28, 28), guidance=True),
-        autoencoder=AutoencoderConfig(channels=32, multipliers=(1, 2, 2, 2), blocks=1, z=8, groups=8, scale=1.0,
+        flux=FluxConfig(channels=64, text_dim=96, pooled_dim=64, dim=256, heads=4, double_blocks=1,
+                        single_blocks=4, axes=(8, 28, 28), guidance=True),
+        autoencoder=AutoencoderConfig(channels=24, multipliers=(1, 2, 2, 2), blocks=1, z=16, groups=4, scale=1.0,
                                       shift=0.0),
-        t5=T5Config(vocab=512, dim=96, heads=3, head_dim=32, ff=192, layers=2),
+        t5=T5Config(vocab=256, dim=96, heads=3, head_dim=32, ff=192, layers=2),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
-        text_length=64, size=512, steps=50, guidance=3.5, shift=True, sparsity=FLUX_SPARSITY),
+        text_length=128, size=512, steps=50, guidance=3.5, shift=(2.2, 2.85), presets=FLUX_PRESETS,
+        costs=FLUX_COSTS),
     "schnell": Config(
         weights="black-forest-labs/FLUX.1-schnell", files=REAL_FILES | {"flux": ("flux1-schnell.safetensors",)},
         flux=replace(FLUX_12B, guidance=False), autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
-        text_length=256, size=1024, steps=4, guidance=0.0, shift=False,
-        sparsity=replace(FLUX_SPARSITY, measure=(1,), skip="none")),
+        text_length=256, size=1024, steps=4, guidance=0.0, shift=None,
+        presets={name: replace(FLUX_COLUMNS, measure=(1,)) for name in FLUX_PRESETS}, costs=FLUX_COSTS),
     "dev": Config(
         weights="black-forest-labs/FLUX.1-dev", files=REAL_FILES | {"flux": ("flux1-dev.safetensors",)},
         flux=FLUX_12B, autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
-        text_length=512, size=1024, steps=50, guidance=3.5, shift=True, sparsity=FLUX_SPARSITY),
+        text_length=512, size=1024, steps=50, guidance=3.5, shift=(0.5, 1.15), presets=FLUX_PRESETS,
+        costs=FLUX_COSTS),
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -523,12 +528,12 @@ def unpatchify(x, height, width):
 
 
 def make_sigmas(steps, tokens, shift):
-    """Noise levels from 1 (pure noise) to 0, `steps` + 1 of them. dev spends more of them near 1 the larger the
-    picture is: mu grows linearly from 0.5 at 256 tokens to 1.15 at 4,096. schnell does not shift."""
+    """Noise levels from 1 (pure noise) to 0, `steps` + 1 of them. shift: more of them are near 1 the larger the picture
+    is, as mu grows linearly from shift[0] at 256 tokens to shift[1] at 4,096; None, as for schnell: evenly spread."""
     sigmas = torch.linspace(1, 0, steps + 1)
-    if not shift:
+    if shift is None:
         return sigmas
-    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    mu = shift[0] + (shift[1] - shift[0]) * (tokens - 256) / (4096 - 256)
     return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))          # sigma = 0 gives 1 / inf = 0
 
 
@@ -616,14 +621,15 @@ def autoencoder_layout(levels):
 
 
 def generate(prompt, *, model="tiny", weights=None, width=None, height=None, steps=None, guidance=None, seed=0,
-             sparsity=None, dense=False, device=None, dtype=None):
+             preset="balanced", sparsity=None, dense=False, device=None, dtype=None):
     """Draw a prompt -> PIL image.
 
-    model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. sparsity: a
-    cache.Sparsity for this many steps. dense: recompute everything. device: "cpu", "cuda", ... dtype: "float32" or
-    "bfloat16". None: the model's own value. Raises cli.Fail for what cannot be done."""
+    model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. preset: "quality",
+    "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute everything. device:
+    "cpu", "cuda", ... dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail for what cannot be
+    done."""
     settings = cli.Settings(model=model, weights=weights, width=width, height=height, steps=steps, guidance=guidance,
-                            seed=seed, sparsity=sparsity, dense=dense, device=device, dtype=dtype)
+                            seed=seed, preset=preset, sparsity=sparsity, dense=dense, device=device, dtype=dtype)
     (picture, _), = render(prompt, cli.fill(settings, CONFIGS))
     return media.to_image(picture)
 

@@ -38,7 +38,7 @@ import checkpoints
 import cli
 import media
 import parallel
-from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_plan, make_state, until_sparse
+from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
@@ -94,17 +94,21 @@ class Config:
     steps: int
     guidance: float
     shift: float               # of the schedule towards noise
-    sparsity: Sparsity
+    presets: dict              # {name: Sparsity}, for `steps` steps
+    costs: dict                # {a step's mode: its time as a share of the dense model's}, from step_times.json
 
 
 FILES = {"llama": "text_encoder/model.safetensors", "clip": "text_encoder_2/model.safetensors",
          "hunyuan": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors"}
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
-# As the original's preset, which also keeps 1 % of the columns at random once and for all. The tiny model measures more
-# of its early steps, which change fastest: dense attention costs it little, and the README's table says what that does.
-HUNYUAN_SPARSITY = Sparsity(attn_keep=0.05, attn_random=0.01, mlp_keep=0.0, delta="mass",
-                            measure=(1, 10, 40), skip="video")
+# Columns as in the original's preset. Early steps change fastest, so most full steps are early.
+EARLY = 1, 2, 4, 7, 12, 20, 30, 40
+HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, attn_random=0.01, mlp_keep=0.0, delta="mass", measure=EARLY)
+HUNYUAN_PRESETS = {"quality": replace(HUNYUAN_COLUMNS, skip=between(EARLY, 2, 12)),
+                   "balanced": replace(HUNYUAN_COLUMNS, skip=between(EARLY, 3, 12)),
+                   "fast": replace(HUNYUAN_COLUMNS, skip=between(EARLY, 4, 5))}
+HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.33, "sparse": 0.57, "skip": 0.001}
 
 CONFIGS = {
     "tiny": Config(
@@ -118,7 +122,7 @@ CONFIGS = {
         template="<|start_header_id|>{}<|eot_id|>", crop=2,          # <|begin_of_text|> and <|start_header_id|>
         image_template="<|start_header_id|>{}<|eot_id|>", image_crop=2,
         text_length=62, width=256, height=256, frames=17, fps=8, steps=50, guidance=4.0, shift=7.0,
-        sparsity=replace(HUNYUAN_SPARSITY, measure=EARLY_STEPS)),
+        presets=HUNYUAN_PRESETS, costs=HUNYUAN_COSTS),
     "720p": Config(
         weights="hunyuanvideo-community/HunyuanVideo",
         hunyuan=HunyuanConfig(z=16, text_dim=4096, pooled_dim=768, dim=3072, heads=24, ff=12288, dual_blocks=20,
@@ -138,7 +142,7 @@ CONFIGS = {
                        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
         image_crop=36,
         text_length=256, width=1280, height=720, frames=129, fps=24, steps=50, guidance=6.0, shift=7.0,
-        sparsity=HUNYUAN_SPARSITY),
+        presets=HUNYUAN_PRESETS, costs=HUNYUAN_COSTS),
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -440,11 +444,16 @@ def unpatchify(x, grid):
 class CausalConv(nn.Module):
     def __init__(self, inputs, outputs, size=3, stride=1):
         super().__init__()
-        self.padding = (size // 2,) * 4 + (size - 1, 0)              # x and y on both sides, time at the front only
+        self.size = size
         self.conv = nn.Conv3d(inputs, outputs, size, stride)
 
     def forward(self, x):
-        return self.conv(F.pad(x, self.padding, mode="replicate"))
+        """x (B, C, t, h, w): repeats x's border on both sides of y and x, and before the first frame."""
+        side = self.size // 2
+        for dim, before, after in (2, 2 * side, 0), (3, side, side), (4, side, side):
+            start, end = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+            x = torch.cat([start] * before + [x] + [end] * after, dim=dim)       # F.pad would be slow to train through
+        return self.conv(x)
 
 
 class ResnetBlock(nn.Module):
@@ -650,14 +659,16 @@ def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=No
 
 
 def generate(prompt, *, model="tiny", weights=None, width=None, height=None, frames=None, steps=None, guidance=None,
-             seed=0, sparsity=None, dense=False, device=None, dtype=None):
+             seed=0, preset="balanced", sparsity=None, dense=False, device=None, dtype=None):
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
-    sparsity: a cache.Sparsity for this many steps. dense: recompute everything. device: "cpu", "cuda", ...
-    dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail for what cannot be done."""
+    preset: "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute
+    everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail
+    for what cannot be done."""
     settings = cli.Settings(model=model, weights=weights, width=width, height=height, frames=frames, steps=steps,
-                            guidance=guidance, seed=seed, sparsity=sparsity, dense=dense, device=device, dtype=dtype)
+                            guidance=guidance, seed=seed, preset=preset, sparsity=sparsity, dense=dense,
+                            device=device, dtype=dtype)
     (video, _), = render(prompt, cli.fill(settings, CONFIGS))
     return [media.to_image(frame) for frame in video]
 

@@ -5,6 +5,7 @@ in Triton's interpreter). The method: token order, plan, deltas against dense, f
 against the published lists, transformers and diffusers (if those are not installed, their tests are skipped). The
 programs: Python functions, command lines, errors. The embedded models' world, their training, and the tables.
 """
+import itertools
 import json
 import math
 import os
@@ -48,8 +49,8 @@ import text_encoders
 import train_tiny
 import wan_chipmunk
 from bench import columns_to_mask
-from cache import (VIDEO_SKIPS, Sparsity, Step, chipmunk_attention, chipmunk_mlp, fit_steps, make_plan,
-                   make_state, skip_preset)
+from cache import (Sparsity, Step, between, chipmunk_attention, chipmunk_mlp, fit_steps, make_plan, make_state,
+                   relative_time)
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
 
@@ -636,14 +637,14 @@ def test_plan_says_what_every_step_does():
 
 
 def test_presets_fit_any_number_of_steps():
-    preset = Sparsity(measure=(1, 2, 4, 7, 12, 20, 30, 40), skip="alternate")
-    assert fit_steps(preset, 50, 50) == replace(preset, skip=tuple(range(12, 48, 2)))
+    full = 1, 2, 4, 7, 12, 20, 30, 40
+    preset = Sparsity(measure=full, skip=between(full, 2, first=12))
+    assert preset.skip == (13, 15, 17, 19, *range(21, 30, 2), *range(31, 40, 2), *range(41, 50, 2))
+    assert between((), 3, first=2, steps=9) == (2, 3, 5, 6, 8) and between(full, 1) == ()
+    assert fit_steps(preset, 50, 50) == preset
     assert fit_steps(preset, 25, 50).measure == (1, 2, 4, 6, 10, 15, 20)
+    assert fit_steps(preset, 100, 50).skip[:4] == (26, 30, 34, 38)
     assert fit_steps(preset, 2, 50).measure == (1,) and fit_steps(preset, 1, 50).measure == (0,)
-    assert skip_preset("video", 50) == VIDEO_SKIPS and skip_preset("none", 50) == skip_preset("alternate", 4) == ()
-    plan = make_plan(50, fit_steps(hunyuan_chipmunk.CONFIGS["720p"].sparsity, 50, 50))         # the original's
-    assert [s.index for s in plan if s.mode in ("dense", "measure")] == [0, 1, 10, 40]
-    assert [s.index for s in plan if s.skip] == list(VIDEO_SKIPS)
 
 # ---------------------------------------------------------------------------------------------------------
 # The method: small random transformers, of all three models
@@ -848,6 +849,29 @@ def test_skipped_step_reruns_the_final_layer_only(name):
     assert torch.equal(model(**given, state=state, step=plan[3]), v)        # at the same time it is the step before
     later = model(**given | {"t": 0.3 * given["t"]}, state=state, step=plan[3])
     assert later.isfinite().all() and (later - v).norm() > 1e-3 * v.norm()
+
+
+@each_model
+def test_presets_are_faster_than_dense_or_give_way(name, capsys):
+    for config in PROGRAMS[name].CONFIGS.values():
+        times = [relative_time(make_plan(config.steps, preset), config.costs) for preset in config.presets.values()]
+        assert times == sorted(times, reverse=True) and (times[0] < 0.9 or config.steps < 10)
+        for steps, preset in itertools.product(range(1, 60), config.presets):
+            sparsity = cli.preset(config, preset, steps)
+            said = capsys.readouterr().err
+            assert ("not faster" in said) == (sparsity is None)
+            assert sparsity is None or relative_time(make_plan(steps, sparsity), config.costs) < 1
+    with pytest.raises(cli.Fail, match="no preset 'best'"):
+        cli.preset(config, "best", 50)
+
+
+def test_relative_costs_are_the_measured_ones():
+    times = json.loads(bench.STEP_TIMES.read_text())
+    for name, program in PROGRAMS.items():
+        for config in program.CONFIGS.values():
+            for kind, cost in config.costs.items():
+                measured = times[name]["eager"][kind] / times[name]["eager"]["dense model"]
+                assert cost == pytest.approx(measured, abs=0.01)
 
 
 def test_skipped_steps_repeat_the_last_or_go_on_as_the_last_two_did():
@@ -1391,8 +1415,8 @@ def test_patches_round_trip():
 
 
 def test_sigmas_go_from_noise_to_nothing_and_are_shifted():
-    assert flux_chipmunk.make_sigmas(4, 4096, False).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    shifted = flux_chipmunk.make_sigmas(50, 4096, True), hunyuan_chipmunk.make_sigmas(50, 7.0)
+    assert flux_chipmunk.make_sigmas(4, 4096, None).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    shifted = flux_chipmunk.make_sigmas(50, 4096, (0.5, 1.15)), hunyuan_chipmunk.make_sigmas(50, 7.0)
     for sigmas, middle in zip(shifted, (math.exp(1.15) / (math.exp(1.15) + 1), 7 / 8), strict=True):
         assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
         assert sigmas[25].item() == pytest.approx(middle)
@@ -1449,12 +1473,12 @@ def test_unipc_equals_diffusers(diffusers, steps, shift):
 PROMPT = "a red circle moves up on a blue background"
 SHORT = {"flux": {"width": 128, "height": 96, "steps": 4}}
 SHORT["wan"] = SHORT["hunyuan"] = {"width": 80, "height": 64, "frames": 5, "steps": 4}
-SPARSE = {"measure_steps": "1,", "skip_steps": "none"}                      # in 4 steps the presets are dense
+SPARSE = {"measure_steps": "1,", "skip_steps": 3}                           # in 4 steps the presets are dense
 
 
 def sparse(name):
     """SPARSE for Python"""
-    return replace(PROGRAMS[name].CONFIGS["tiny"].sparsity, measure=(1,), skip=())
+    return replace(PROGRAMS[name].CONFIGS["tiny"].presets["balanced"], measure=(1,), skip=(3,))
 
 
 @pytest.fixture
@@ -1768,7 +1792,7 @@ def test_hub_problems_end_in_one_line(call, monkeypatch, problem, says):
 @each_model
 def test_too_little_memory_a_full_disk_and_ctrl_c_leave_nothing_behind(call, monkeypatch, tmp_path, name):
     def outcome():
-        result = call(name, out=tmp_path / "a.png", **SHORT[name])
+        result = call(name, out=tmp_path / "a.png", **SHORT[name], **SPARSE)
         assert result[0] != 0 and not list(tmp_path.iterdir())
         return result
     program = PROGRAMS[name]
@@ -1842,17 +1866,17 @@ def test_psnr_and_ssim_measure_likeness():
 
 
 def test_scenes_are_seen_as_they_are_drawn():
-    rng, masks = random.Random(3), scenes.shape_masks("cpu")
+    rng, templates = random.Random(3), scenes.turned_shapes(CPU)
     drawn = [scenes.make_scene(rng) for _ in range(20)]
     pictures = scenes.draw(drawn, 256)
     for scene, picture in zip(drawn, pictures, strict=True):
-        things, asked, related, relations, background = scenes.check(scene, picture, masks)
+        things, asked, related, relations, background = scenes.check(scene, picture, templates)
         assert things == asked and related == relations and background
         assert not any(scenes.held_out(*shown) for shown in scenes.combinations(scene.things, scene.relation))
 
     def seen(change):
         """Whether things and relations are seen in the same pictures if the scenes ask for something else."""
-        return [scenes.check(change(scene), picture, masks) for scene, picture in zip(drawn, pictures, strict=True)]
+        return [scenes.check(change(scene), picture, templates) for scene, picture in zip(drawn, pictures, strict=True)]
     wrong = seen(lambda scene: replace(scene, relation="", things=(
         replace(scene.things[0], colour="red" if scene.things[0].colour != "red" else "blue"),)))
     assert sum(things for things, *_ in wrong) <= 2                         # another thing may be it
@@ -1863,7 +1887,7 @@ def test_scenes_are_seen_as_they_are_drawn():
 
 
 def test_moving_scenes_are_seen_as_they_are_drawn():
-    rng, templates, motions = random.Random(6), scenes.turned_shapes(CPU), list(scenes.MOTIONS)
+    rng, templates, motions = random.Random(6), scenes.turned_shapes(CPU), [*scenes.MOTIONS, *scenes.PANS]
     drawn = []
     for i, motion in enumerate(motions):
         stream = iter(lambda: scenes.make_moving_scene(rng, train=i % 2 == 0, plain=i % 3 == 0), None)     # noqa: B023
@@ -1872,9 +1896,9 @@ def test_moving_scenes_are_seen_as_they_are_drawn():
         assert scenes.held_out(thing.colour, thing.shape, motion) == (i % 2 == 1)
         assert not (motion == "rotates" and thing.shape in scenes.ROUND)
     videos = scenes.draw_videos(drawn, 128, 17)
-    assert videos.shape == (8, 3, 17, 128, 128) and -1 <= videos.min() and videos.max() <= 1
+    assert videos.shape == (12, 3, 17, 128, 128) and -1 <= videos.min() and videos.max() <= 1
     noisy = videos + 0.05 * torch.randn_like(videos)
-    assert scenes.check_videos(drawn, noisy, templates) == [(3, 3, 1, 1, True)] * 8
+    assert scenes.check_videos(drawn, noisy, templates) == [(3, 3, 1, 1, True)] * 12
 
     def seen(videos, **changes):
         """How many things, motions and backgrounds are seen if the scenes ask for something else."""
@@ -1884,8 +1908,8 @@ def test_moving_scenes_are_seen_as_they_are_drawn():
 
     def next_shape(thing):
         return replace(thing, shape=scenes.SHAPES[scenes.SHAPES.index(thing.shape) - 1])
-    assert seen(videos, things=lambda scene: (replace(scene.things[0], colour=scene.background),))[:2] == (0, 8)
-    assert seen(videos, things=lambda scene: (next_shape(scene.things[0]),))[0] <= 1           # of 24
+    assert seen(videos, things=lambda scene: (replace(scene.things[0], colour=scene.background),))[:2] == (0, 12)
+    assert seen(videos, things=lambda scene: (next_shape(scene.things[0]),))[0] <= 1           # of 36
     assert seen(videos, background=lambda scene: scene.things[0].colour)[2] == 0
     for i in range(1, len(motions)):
         other = dict(zip(motions, motions[i:] + motions[:i], strict=True))
@@ -1898,7 +1922,8 @@ def test_videos_are_drawn_as_pictures_are():
     """The first frame of a video is the picture of its scene, and the last one that of its end."""
     rng, window = random.Random(4), (0.1, 0.2, 0.5)
     drawn = [scenes.make_moving_scene(rng) for _ in range(12)]
-    drawn = [scene for scene in drawn if scene.motion not in ("rotates", "bounces")]
+    elsewhere = "rotates", "bounces", *scenes.PANS                          # their ends' pictures are others
+    drawn = [scene for scene in drawn if scene.motion not in elsewhere]
     videos = scenes.draw_videos(drawn, 48, 5, window=window)
     assert torch.allclose(videos[:, :, 0], scenes.draw(drawn, 48, window=window), atol=1e-5)
     ends = [replace(scene, things=(scene.end,)) for scene in drawn]
@@ -1913,23 +1938,33 @@ def tiny_run(name, config, **changes):
 
 @each_model
 def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, tmp_path, capsys, name):
-    monkeypatch.setattr(torch, "compile", lambda f, **options: f)           # compiling takes longer than these steps
+    monkeypatch.setattr(torch, "compile", lambda f=None, **options: f or (lambda g: g))     # slower than these steps
+    monkeypatch.setattr(train_tiny, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(train_tiny, "SAMPLES", 4)
     recipe, folder, work = train_tiny.RECIPES[name], tmp_path / "weights", tmp_path / "work"
     program, config = recipe.program, recipe.program.CONFIGS["tiny"]
     first = sum(stage.name.startswith("autoencoder") for stage in recipe.stages)
-    stages = [replace(stage, size=32, scenes=4, batch=2, steps=2, frames=min(5, stage.frames))
+    stages = [replace(stage, size=32, crop=min(16, stage.crop), scenes=4, batch=2, steps=3, frames=min(5, stage.frames))
               for stage in recipe.stages[:first] + recipe.stages[-2:]]
 
-    def train(*stages):
+    def train(work, stages=stages):
         """-> what is written: {part: its file's bytes}"""
         with torch.enable_grad():
             train_tiny.train(replace(recipe, stages=stages), folder, work, CPU)
         return {part: (folder / file).read_bytes() for part, file in recipe.files.items()}
-    before = train(*stages[:-1])
-    monkeypatch.setattr(train_tiny, "autoencoder_loss", lambda *given: None)
-    after = train(*stages)                                                  # trains the last stage alone
-    assert after[recipe.autoencoder] == before[recipe.autoencoder]
-    assert after[recipe.painters[0]] != before[recipe.painters[0]]
+    whole, save = train(tmp_path / "whole"), train_tiny.save_atomically
+    shutil.rmtree(folder)
+
+    def save_and_stop(values, file):
+        save(values, file)
+        if "step" in values and values["step"] == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train_tiny, "save_atomically", save_and_stop)
+    for _ in stages:                                                        # each run ends in a stage of its own
+        with pytest.raises(KeyboardInterrupt):
+            train(work)
+        assert not folder.exists()
+    assert train(work) == whole
     for part in recipe.files:
         module = program.load_part(part, config, folder, CPU, torch.float32)
         assert all(p.isfinite().all() for p in module.parameters())
@@ -1937,27 +1972,35 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
     assert all(text.isfinite().all() for text in ([texts] if torch.is_tensor(texts) else texts))
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 16e6
     with pytest.raises(cli.Fail, match="another recipe"):
-        train(replace(stages[0], steps=3))
-    for part, file in recipe.files.items():                                 # what ends early changes no weights
-        assert (folder / file).read_bytes() == after[part]
+        train(work, [replace(stages[0], steps=4)])
 
-    def score(*flags):
+    def table(kind):
         """-> the lines of bench.py's table"""
-        argv = ["bench.py", "score", "--model", name, "--captions", "2", "--device", "cpu", *flags]
+        argv = ["bench.py", kind, "--model", name, "--captions", "2", "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", argv)
         capsys.readouterr()
         bench.main()
         return capsys.readouterr().out.splitlines()
     monkeypatch.setitem(program.CONFIGS, "tiny", tiny_run(name, config, weights=str(folder)))
-    title, _, dense, *others, _, _ = score()
+    title, _, dense, *others, _, _ = table("score")
     assert f"| {name} tiny, 2 captions, 8 steps" in title and "| PSNR to dense | SSIM |" in title
     assert dense.endswith("| - | - |")
-    assert len(others) == 6 and all(" dB | " in row for row in others)
-    assert "| Chipmunk, preset | " in score("--preset")[3]
+    assert len(others) == 4 and all(" dB | " in row for row in others)
+
+    plans = bench.plans_to_compare(name, config)                            # for 50 steps; 8 are enough here
+    monkeypatch.setattr(bench, "plans_to_compare", lambda *_: {
+        family: [(label, 8, sparsity and fit_steps(sparsity, 8, 50)) for label, _, sparsity in some[-2:]]
+        for family, some in plans.items()})
+    monkeypatch.setattr(bench, "FIGURES", tmp_path)
+    title, _, *rows, _, _ = table("frontier")
+    assert [row.split("|")[1].strip() for row in rows] == list(plans) and title.count("x |") == len(bench.SPEEDUPS)
+    assert Image.open(tmp_path / f"frontier-{name}.png").width > 500
+    title, _, *rows, _, _ = table("caching")
+    assert "8 steps, all dense, some skipped" in title and len(rows) == 6 and " dB | " in rows[0]
 
 
 @each_model
-def test_speed_table_adds_up(monkeypatch, capsys, name):
+def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
     """The steps of a small random model, timed by a clock of ours: sums and ratios are those of the rows."""
     rng, now = random.Random(0), [0.0]
 
@@ -1967,23 +2010,29 @@ def test_speed_table_adds_up(monkeypatch, capsys, name):
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=perf_counter))
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     config = tiny_run(name, PROGRAMS[name].CONFIGS["tiny"])
-    plan = make_plan(8, fit_steps(config.sparsity, 8, 8))
+    monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "times.json")
+    bench.STEP_TIMES.write_text('{"another": {}}')
     bench.speed_table(name, "tiny", config, CPU)
     title, _, *rows, _, _ = capsys.readouterr().out.splitlines()
     assert title.startswith(f"| {name} tiny, 32x32")
     rows = [[cell.strip(" *") for cell in row.strip("|").split("|")] for row in rows]
-    dense, *kinds, all_dense, ours = rows
-    assert dense[0] == "of the dense model" and dense[1] == "8"
-    assert sum(int(row[1]) for row in kinds) == 8 and len(kinds) == len({step.mode for step in plan})
-    assert all_dense[0] == "all 8, dense" and ours[0] == "all 8, Chipmunk"
-    for column in 2, 3:                                                     # eager, compiled
+    *kinds, all_dense, quality, balanced, fast = rows
+    times = json.loads(bench.STEP_TIMES.read_text())
+    assert list(times) == ["another", name] and times[name]["model"].startswith("tiny, 32x32")
+    plans = [make_plan(8, preset) for preset in config.presets.values()]
+    for column, way in (1, "eager"), (2, "compiled"):
 
         def seconds(row, column=column):
             return float(row[column].split(" s")[0])
-        dense_total, total = 8 * seconds(dense), sum(int(row[1]) * seconds(row) for row in kinds)
-        ratio = float(ours[column].split("**")[1].removesuffix("x"))
-        assert abs(seconds(all_dense) - dense_total) < 0.1 and abs(seconds(ours) - total) < 0.1
-        assert abs(ratio - dense_total / total) < 0.01
+        known = times[name][way]
+        assert {row[0]: seconds(row) for row in kinds} == pytest.approx(known, abs=1e-3)
+        assert list(known) == ["dense model", "dense", "measure", "sparse", "skip"]
+        dense_total = 8 * known["dense model"]
+        assert abs(seconds(all_dense) - dense_total) < 0.1
+        for row, plan in zip((quality, balanced, fast), plans, strict=True):
+            total = sum(known[step.mode] for step in plan)
+            assert abs(seconds(row) - total) < 0.1
+            assert abs(float(row[column].split("**")[1].removesuffix("x")) - dense_total / total) < 0.01
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here is one")
@@ -2046,7 +2095,7 @@ def test_out_of_memory_is_understood_in_every_wording(call, monkeypatch, tmp_pat
     for owner, name in (flux_chipmunk, "sample"), (checkpoints, "safe_open"):
         with monkeypatch.context() as m:
             m.setattr(owner, name, failing(error))
-            outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
+            outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"], **SPARSE)
         assert "out of memory" in error_of(outcome) and "--dense" in error_of(outcome)
         assert len(outcome[2]) == 1 and not list(tmp_path.iterdir())
         for asked, said in ("20.00 GiB", "20.00 GiB"), ("36000000000", "36.00 GB"), ("7.28 TiB", "7.28 TiB"):
@@ -2078,7 +2127,7 @@ def test_where_one_attention_has_no_kernel_the_next_is_tried(call, monkeypatch, 
         with pytest.raises(type(error), match=str(error)):                  # nothing that another one would mend
             sk._first_able([failing(error), able], *operands)
     monkeypatch.setattr(flux_chipmunk, "sample", lambda *args: sk._first_able([unable, unable], *operands))
-    outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
+    outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"], **SPARSE)
     assert f"({said})" in error_of(outcome) and "--dtype float32" in error_of(outcome)
     assert len(outcome[2]) == 1 and "memory" not in error_of(outcome) and not list(tmp_path.iterdir())
 
@@ -2580,11 +2629,13 @@ def test_no_more_than_everything_is_recomputed(call, tmp_path):
     ({"dense": None, "attn_keys": 0.5, "mlp_keys": 0.5}, "note: --attn-keys, --mlp-keys: no effect with --dense"),
     ({"delta": "none", "measure_steps": "1,3", "skip_steps": "3"}, "note: --measure-steps: no effect with --delta"),
     ({"delta": "none", "skip_steps": "3"}, ""), ({"dense": None, "delta": "none"}, "note: --delta: no effect with"),
-    ({"measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""), ({"skip_steps": "video"}, "")])
+    ({"measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""),
+    ({"steps": 5}, "note: in 5 steps, preset balanced is not faster than dense"),
+    ({"attn_keys": 0.5, "measure_steps": 1}, "note: with these flags a run is not faster than --dense")])
 def test_flags_without_effect_are_said(call, tmp_path, flags, says):
     given = {key: value for key, value in flags.items() if value is not None}
     status, _, notes = call("flux", *[f"--{key}" for key in flags.keys() - given.keys()], out=tmp_path / "a.png",
-                            **SHORT["flux"], **given)
+                            **SHORT["flux"] | given)
     assert status == 0 and len(notes) == (says != "") and "".join(notes).startswith(says)
 
 

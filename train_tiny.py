@@ -1,18 +1,22 @@
-"""Trains the embedded models on drawn scenes (scenes.py), from nothing.
+"""Trains the embedded models on drawn scenes (scenes.py), from nothing, in one piece.
 
-    python train_tiny.py flux              makes weights/flux-tiny: tokenizers, autoencoder, text encoders, transformer
-    python train_tiny.py wan               weights/wan-tiny
-    python train_tiny.py hunyuan           weights/hunyuan-tiny
+    python train_tiny.py flux         makes weights/flux-tiny: tokenizers, autoencoder, text encoders, transformer
+    python train_tiny.py wan          weights/wan-tiny
+    python train_tiny.py hunyuan      weights/hunyuan-tiny
 
-Every model has a recipe (RECIPES), a list of stages that one loop (run_stage) runs. Interrupt it, run it again, and it
-goes on from its last checkpoint:
-    1. autoencoder     reconstruct drawn pictures; latents kept standard normal, so that scale = 1 and shift = 0. A
-                       video's learns single frames first: many scenes at a time, which whole videos do not give it
-    2. flow            v = noise - latents from cached latents, text encoders trained along, 10 % empty prompts. It
-                       starts at 128 px, because there it is cheap to learn what goes where, and grows from there
-    3. guided          FLUX.1-dev's and HunyuanVideo's guidance distillation: the student with guidance g in its input
-                       learns v_empty + g (v_prompt - v_empty) of the frozen model of stage 2, for g from 1 up
-                       (Wan2.1 computes that sum at every step of sampling instead)
+The recipe of each is a list of stages (recipes.py), which one loop (train_stage) runs:
+    1. autoencoder    reconstruct drawn pictures; latents are kept standard normal, so that scale = 1 and shift = 0. A
+                      video's learns single frames first: more scenes at a time, which is what it lacks with videos
+    2. flow           v = noise - latents from cached latents, text encoders trained along, 10 % empty prompts; at small
+                      sizes or on single frames first, where shapes and places are cheap to learn. A block in the middle
+                      also learns to tell the scene in plain colours ("outlines"): most of v is texture, which nobody
+                      can foresee, and would drown the few pixels by which a fish differs from a heart
+    3. guided         FLUX.1-dev's and HunyuanVideo's guidance distillation: the student with guidance g in its input
+                      learns v_empty + g (v_prompt - v_empty) of the frozen model of stage 2, for g from 1 up
+                      (Wan2.1 computes that sum at every step of sampling instead)
+
+Interrupt it and run it again: it goes on from its last checkpoint (train/MODEL), as if nothing had happened. What a
+step does depends on its number alone. Beside the checkpoints lie sheets of samples (PNG), drawn by averaged weights.
 """
 import interrupt
 if __name__ == "__main__":
@@ -20,234 +24,116 @@ if __name__ == "__main__":
 
 import argparse
 import copy
-import json
 import math
 import random
 import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from tqdm import tqdm
 
 import cli
-import flux_chipmunk
-import hunyuan_chipmunk
+import media
+import scenes
 import wan_chipmunk
-from scenes import draw, draw_videos, make_moving_scene, make_scene
-from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
+from recipes import RECIPES
+
+SAMPLES = 8                    # held-out scenes on a sheet
+SHEETS = 3                     # sheets a stage
+CHECKPOINT_SECONDS = 30        # between two checkpoints
+OUTLINES = 2.0                 # weight of their loss
+LEAST_LOGVAR = -4.6            # of latents: noise of 0.1 at least, so that the decoder forgives a transformer's errors
 
 # ---------------------------------------------------------------------------------------------------------
-# tokenizers, laid out as the big repositories'. Every printable character has a token, so that any prompt can be read.
+# the loop
 
 
-def train_unigram(folder, captions, vocab, special, template):
-    """A T5-like tokenizer.json from captions: special tokens first, number 0 of them the padding; template puts some
-    around the text."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(),
-                                                 normalizers.Replace(Regex(r"\s+"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(captions, trainers.UnigramTrainer(
-        vocab_size=vocab, special_tokens=special, unk_token="<unk>", initial_alphabet=[chr(c) for c in range(33, 127)]))
-    numbered = [(token, special.index(token)) for token in template.split() if token in special]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=numbered)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return load_t5_tokenizer(folder / "tokenizer.json")
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of a matrix is made orthogonal first, and as large as AdamW's would be (Keller Jordan's
+    Muon). A convolution counts as the matrix (outputs, inputs x kernel). Matrices of one shape are updated together."""
+
+    def __init__(self, matrices, momentum=0.95, weight_decay=0.01):
+        of_shape = {}
+        for p in matrices:
+            of_shape.setdefault(p.flatten(1).shape, []).append(p)
+        groups = [{"params": alike} for alike in of_shape.values()]
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = torch.stack([p.grad.flatten(1) for p in params])             # (n, rows, columns)
+            state = self.state[params[0]]
+            momentum = state.setdefault("momentum", torch.zeros_like(grads)).lerp_(grads, 1 - group["momentum"])
+            update = orthogonal(grads.lerp(momentum, group["momentum"]))         # (n, rows, columns)
+            size = group["lr"] * 0.2 * max(update.shape[1:])**0.5
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, [u.view_as(p) for u, p in zip(update.unbind(), params)], alpha=-size)
 
 
-def train_bpe(folder, captions, vocab):
-    """A CLIP-like vocab.json + merges.txt (byte-level BPE) from captions."""
-    clip = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    clip.normalizer = normalizers.Lowercase()
-    words = Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    clip.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    clip.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocab - 514, end_of_word_suffix="</w>", special_tokens=[]))
-    merges = [" ".join(pair) for pair in json.loads(clip.to_str())["model"]["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(dict.fromkeys(tokens))}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    return load_clip_tokenizer(folder)
-
-# ---------------------------------------------------------------------------------------------------------
-# what differs between the models
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    size: int                  # pixels
-    scenes: int                # distinct ones
-    batch: int
-    steps: int
-    lr: tuple                  # first and last, linear between, after a short warm-up
-    ema: float = 0.999
-    frames: int = 0            # of a video; 0: pictures
-    guidance: float = 0.0      # the most that the student learns; 0: no distillation
-
-    @property
-    def grid(self):
-        """(h, w) or (t, h, w) in tokens."""
-        side = self.size // 16
-        return (1 + self.frames // 4, side, side) if self.frames else (side, side)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What one model does in its own way."""
-    program: object            # the model's file
-    files: dict                # part -> its safetensors file
-    autoencoder: str           # which part that is
-    painters: tuple            # the parts that are trained together: the transformer and its text encoders
-    zero: str                  # pattern of the transformer's parameters that start at 0: every block as the identity
-    stages: tuple              # of Stage: the autoencoder's, then the painters'
-    make_scene: Callable       # (rng) -> Scene
-    make_reader: Callable      # (folder, captions, config): writes tokenizers -> read(B prompts) -> tensors (B, L)
-    encode: Callable           # (autoencoder, pictures) -> mean and log variance of the latents (B, 2 z, ...)
-    make_layout: Callable      # (config, grid, device) -> the model's layout
-    velocity: Callable         # (painters, latents, t, prompts' tensors, guidance, layout) -> velocity
-
-
-def flux_reader(folder, captions, config):
-    t5 = train_unigram(folder / "tokenizer_2", captions, config.t5.vocab, ["<pad>", "</s>", "<unk>"], "$A </s>")
-    clip = train_bpe(folder / "tokenizer", captions, config.clip.vocab)
-    end = clip.token_to_id("<|endoftext|>")
-    return lambda prompts: (tokenize(t5, prompts, config.text_length, 0)[0],
-                            tokenize(clip, prompts, config.clip.length, end)[0])
-
-
-def flux_velocity(painters, x, t, tokens, guidance, layout):
-    t5_ids, clip_ids = tokens
-    text, pooled = painters.t5(t5_ids), painters.clip(clip_ids)[1]
-    v = painters.flux(flux_chipmunk.patchify(x), t, text, pooled, guidance, layout)
-    return flux_chipmunk.unpatchify(v, x.shape[2] // 2, x.shape[3] // 2)
-
-
-def wan_reader(folder, captions, config):
-    umt5 = train_unigram(folder / "tokenizer", captions, config.umt5.vocab, ["<pad>", "</s>", "<unk>"], "$A </s>")
-    return lambda prompts: tokenize(umt5, prompts, config.text_length, 0)[:2]
-
-
-def wan_velocity(painters, x, t, tokens, guidance, layout):
-    ids, mask = tokens
-    return painters.wan(x, 1000 * t, painters.umt5(ids, mask) * mask[..., None], layout)
-
-
-HUNYUAN_TEXT = 48              # tokens: no caption has more, and masked attention likes multiples of 16
-
-
-def hunyuan_reader(folder, captions, config):
-    special = ["<pad>", "<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>", "<unk>"]
-    llama = train_unigram(folder / "tokenizer", captions, config.llama.vocab, special, "<|begin_of_text|> $A")
-    clip = train_bpe(folder / "tokenizer_2", captions, config.clip.vocab)
-    end = clip.token_to_id("<|endoftext|>")
-
-    def read(prompts):
-        texts = [config.template.format(prompt) for prompt in prompts]
-        ids, mask, _ = tokenize(llama, texts, config.crop + HUNYUAN_TEXT, 0)
-        return ids, mask[:, config.crop:], tokenize(clip, prompts, config.clip.length, end)[0]
-    return read
-
-
-def hunyuan_velocity(painters, x, t, tokens, guidance, layout):
-    llama_ids, mask, clip_ids = tokens
-    text, pooled = painters.llama(llama_ids)[:, -mask.shape[1]:], painters.clip(clip_ids)[1]
-    return painters.hunyuan(x, t, text, pooled, guidance, layout, mask)
-
-
-RECIPES = {
-    "flux": Recipe(
-        program=flux_chipmunk,
-        files={part: file for part, (file,) in flux_chipmunk.CONFIGS["tiny"].files.items()},
-        autoencoder="autoencoder", painters=("flux", "t5", "clip"), zero=r"\.lin\.|final_layer",
-        stages=(Stage("autoencoder", 256, 100_000, 32, 2_500, (1e-3, 1e-5)),
-                Stage("flow 128", 128, 100_000, 512, 4_220, (1e-3, 1e-3)),
-                Stage("flow 256", 256, 60_000, 512, 6_500, (1e-3, 5e-4)),
-                Stage("flow 512", 512, 16_000, 256, 1_560, (5e-4, 5e-5)),
-                Stage("guided 512", 512, 16_000, 256, 360, (3e-4, 0.0), ema=0.99, guidance=5.0)),
-        make_scene=make_scene, make_reader=flux_reader, velocity=flux_velocity,
-        encode=lambda autoencoder, pictures: autoencoder.encoder(pictures),
-        make_layout=lambda config, grid, device:
-            flux_chipmunk.make_layout(config.flux, *grid, config.text_length, device)),
-    "wan": Recipe(
-        program=wan_chipmunk, files=wan_chipmunk.FILES,
-        autoencoder="vae", painters=("wan", "umt5"), zero=r"time_proj|scale_shift_table|attn2\.to_out|^proj_out",
-        stages=(Stage("autoencoder 1", 128, 40_000, 16, 1_000, (6e-4, 6e-4), frames=1),
-                Stage("autoencoder 17", 128, 40_000, 4, 5_200, (6e-4, 1e-5), frames=17),
-                Stage("flow 128", 128, 20_000, 384, 5_000, (1e-3, 1e-3), frames=17),
-                Stage("flow 256", 256, 16_000, 128, 4_400, (1e-3, 1e-5), frames=17)),
-        make_scene=make_moving_scene, make_reader=wan_reader, velocity=wan_velocity,
-        encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos, {})),
-        make_layout=lambda config, grid, device:
-            wan_chipmunk.make_layout(config.wan, grid, config.window, device)),
-    "hunyuan": Recipe(
-        program=hunyuan_chipmunk, files=hunyuan_chipmunk.FILES,
-        autoencoder="vae", painters=("hunyuan", "llama", "clip"),
-        zero=r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear|^proj_out",
-        stages=(Stage("autoencoder 1", 128, 40_000, 16, 1_000, (6e-4, 6e-4), frames=1),
-                Stage("autoencoder 17", 128, 40_000, 4, 5_000, (6e-4, 1e-5), frames=17),
-                Stage("flow 128", 128, 20_000, 256, 5_000, (1e-3, 1e-3), frames=17),
-                Stage("flow 256", 256, 16_000, 128, 4_400, (1e-3, 1e-5), frames=17),
-                Stage("guided 256", 256, 16_000, 128, 520, (3e-4, 0.0), ema=0.995, frames=17, guidance=7.0)),
-        make_scene=make_moving_scene, make_reader=hunyuan_reader, velocity=hunyuan_velocity,
-        encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos)),
-        make_layout=lambda config, grid, device:
-            hunyuan_chipmunk.make_layout(config.hunyuan, grid, HUNYUAN_TEXT, device))}
-
-# ---------------------------------------------------------------------------------------------------------
-# training
+def orthogonal(x):
+    """Matrices x (n, rows, columns) with all singular values moved to about 1, by five Newton-Schulz steps."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    y = x.bfloat16()
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = y @ y.mT                                            # (n, rows, rows)
+        y = 3.4445 * y + (-4.7750 * square + 2.0315 * square @ square) @ y
+    return y.to(x.dtype)
 
 
 def make_optimizers(model):
-    """Muon for the matrices inside the blocks of a transformer, which it teaches faster; AdamW for everything else."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2
-                and re.search(r"(blocks?|layers)\.\d+\.", name) and "relative_attention_bias" not in name]
-    ids = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in ids]
-    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    """Muon for the matrices and convolutions inside blocks, which it teaches faster; AdamW for everything else."""
+    inner = [p for name, p in model.named_parameters()
+             if p.dim() > 1 and min(p.shape[:2]) >= 16 and re.search(r"(blocks?|layers|mid|up|down)[._]", name)]
+    ids = {id(p) for p in inner}
+    outer = [p for p in model.parameters() if id(p) not in ids]
+    return torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=0.01, fused=True), Muon(inner)
 
 
-def run_stage(stage, model, loss, folder, device):
-    """Train `model` to lower loss(step's generator); leaves the averaged (EMA) weights in it.
-    Writes a checkpoint every minute, goes on from one that is there, and returns the seconds spent."""
-    file = folder / f"{stage.name.replace(' ', '-')}.pt"
+def learning_rate(step, stage):
+    """AdamW's; Muon's is three times that."""
+    done = step / stage.steps
+    return ((1 - done) * stage.lr[0] + done * stage.lr[1]) * min(1.0, (step + 1) / 200)
+
+
+def train_stage(stage, model, make_loss, draw_sheet, work, began, device):
+    """Train `model`; leaves the averaged (EMA) weights in it. Goes on from the stage's checkpoint in the folder `work`.
+
+    make_loss() -> loss(generator), a scalar to lower, where the generator is seeded by the number of the step alone;
+    draw_sheet(averaged model) -> picture (3, H, W), texts {key: str}. began: when the training did, on time.monotonic's
+    clock, pauses left out. -> the same, after this stage. Raises Fail if the checkpoint is another recipe's."""
+    file = work / f"{stage.name}.pt"
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = make_optimizers(model)
-    first, spent = 0, 0.0
+    first = 0
     if file.exists():
         saved = torch.load(file, map_location=device, weights_only=True)
         if saved["stage"] != repr(stage):
-            raise cli.Fail(f"{file} is of another recipe; delete {folder} to train from nothing")
-        first, spent = saved["step"], saved["seconds"]
-        ema.load_state_dict(saved["ema"])
+            raise cli.Fail(f"{file} is of another recipe; delete {work} to train from nothing")
+        first, began = saved["step"], time.monotonic() - saved["seconds"]
         model.load_state_dict(saved["model"])
-        if first < stage.steps:
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-    start = written = time.monotonic()
+        ema.load_state_dict(saved["ema"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    loss = make_loss() if first < stage.steps else None
+    written = time.monotonic()
     bar = tqdm(range(first, stage.steps), stage.name, initial=first, total=stage.steps, mininterval=2)
     for step in bar:
-        done = step / stage.steps
-        rate = ((1 - done) * stage.lr[0] + done * stage.lr[1]) * min(1.0, (step + 1) / 200)
-        for optimizer, factor in zip(optimizers, (1, 3)):            # Muon's rate is three times AdamW's
-            optimizer.param_groups[0]["lr"] = factor * rate
+        for optimizer, factor in zip(optimizers, (1, 3)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * learning_rate(step, stage)
         value = loss(torch.Generator(device).manual_seed(step))
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -257,37 +143,69 @@ def run_stage(stage, model, loss, folder, device):
         decay = min(stage.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{value.item():.4f}", lr=f"{rate:.1e}")
-        if step + 1 == stage.steps or time.monotonic() - written > 60:
+            bar.set_postfix(loss=f"{value.item():.4f}", lr=f"{learning_rate(step, stage):.1e}")
+        finished = step + 1
+        if finished % (stage.steps // SHEETS) == 0:
+            media.write_png(work / f"{stage.name}, {finished} steps.png", *draw_sheet(ema))
+        if finished == stage.steps or time.monotonic() - written > CHECKPOINT_SECONDS:
             written = time.monotonic()
-            seconds = spent + written - start
-            saved = {"stage": repr(stage), "step": step + 1, "seconds": seconds,
-                     "model": model.state_dict(), "ema": ema.state_dict(),
-                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            torch.save(saved, file.with_suffix(".tmp"))
-            file.with_suffix(".tmp").replace(file)
+            save_atomically({"stage": repr(stage), "step": finished, "seconds": written - began,
+                             "model": model.state_dict(), "ema": ema.state_dict(),
+                             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
     model.load_state_dict(ema.state_dict())
-    return spent + time.monotonic() - start
+    return began
+
+
+def save_atomically(values, file):
+    """Whole or not at all: a file that a run finds is one that it can read."""
+    torch.save(values, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
 
 
 def half_precision(device):
-    """bf16 autocast on a GPU; float32 on a CPU: few CPUs are fast in anything else."""
+    """bf16 autocast on a GPU; float32 on a CPU, where few are fast in anything else."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def channels_last(model):
-    """Convolutions run faster with the channels innermost; they take over their weights' layout."""
-    for p in model.parameters():
-        if p.dim() in (4, 5):
-            p.data = p.data.contiguous(memory_format=torch.channels_last if p.dim() == 4 else torch.channels_last_3d)
+def show(some, stage, device):
+    """Pictures (B, 3, size, size) or videos (B, 3, frames, size, size) of some scenes."""
+    if stage.frames:
+        return scenes.draw_videos(some, stage.size, stage.frames, device)
+    return scenes.draw(some, stage.size, device)
+
+
+def show_all(recipe, stage, rng, device):
+    """Makes all of a stage's scenes, many at a time. -> (the scenes, their pictures or videos), ..."""
+    batch = min(1024, max(1, 512 * 256**2 // (stage.size**2 * max(1, stage.frames))))        # a few gigabytes of noise
+    for i in tqdm(range(0, stage.scenes, batch), f"{stage.name}: scenes", mininterval=2):
+        some = [recipe.make_scene(rng) for _ in range(min(batch, stage.scenes - i))]
+        yield some, show(some, stage, device)
+
+
+def to_bytes(pictures):
+    return (127.5 * (pictures + 1)).round().byte()
+
+
+def from_bytes(pictures):
+    return pictures.float() / 127.5 - 1
+
+
+def sheet(pictures):
+    """Pictures (B, 3, H, W), four a row; of videos (B, 3, T, H, W), every fourth frame, one video a row -> (3, h, w)"""
+    if pictures.dim() == 5:
+        return pictures[:, :, ::4].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)           # (3, B H, T W / 4)
+    return pictures.unflatten(0, (-1, 4)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)    # (3, B H / 4, 4 W)
+
+# ---------------------------------------------------------------------------------------------------------
+# the autoencoder
 
 
 @torch.no_grad()
 def make_autoencoder(recipe, config):
     """The autoencoder. In a video's, the convolutions around the latents start as the identity and with little noise
     between them, so that the decoder soon sees what the encoder says. Wan2.1's puts zeros before the first frame, from
-    which single frames learn nothing: there no frame looks back at first, and time is halved and doubled by leaving out
-    and repeating."""
+    which single frames learn nothing: there no frame looks back at first, and time is halved by leaving frames out and
+    doubled by repeating them."""
     autoencoder = recipe.program.parts(config)[recipe.autoencoder]()
     for name, conv in autoencoder.named_modules():
         if name in ("quant_conv", "post_quant_conv"):
@@ -295,72 +213,104 @@ def make_autoencoder(recipe, config):
             nn.init.zeros_(conv.bias)
         elif isinstance(conv, wan_chipmunk.CausalConv) or name.endswith("time_conv"):
             conv.weight[:, :, :-1] = 0.0
-            if name.endswith("time_conv"):                           # C -> C or, for two frames, 2 C
-                copies = conv.out_channels // conv.in_channels
-                conv.weight[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(copies, 1)
+            if name.endswith("time_conv"):
+                frames = conv.out_channels // conv.in_channels       # C -> C or, for two frames, 2 C
+                conv.weight[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(frames, 1)
                 nn.init.zeros_(conv.bias)
         if name == "quant_conv":
             conv.bias[config.vae.z:] = -4.0                          # log variance
+    innermost = {4: torch.channels_last, 5: torch.channels_last_3d}  # convolutions run faster so
+    for p in autoencoder.parameters():
+        if p.dim() in innermost:
+            p.data = p.data.contiguous(memory_format=innermost[p.dim()])
     return autoencoder
 
 
-def show(scenes, stage, device, window=(0.0, 0.0, 1.0)):
-    """Pictures (B, 3, size, size) or videos (B, 3, frames, size, size) of scenes."""
-    if stage.frames:
-        return draw_videos(scenes, stage.size, stage.frames, device, window)
-    return draw(scenes, stage.size, device, window)
-
-
-def autoencoder_loss(recipe, autoencoder, scenes, stage, device):
-    """Reconstruction, plus: latents' noise near standard (KL), their mean and spread over the batch standard."""
-    def forward(pictures, noise):
-        mean, logvar = recipe.encode(autoencoder, pictures).float().chunk(2, dim=1)      # (B, z, ..., h, w) each
-        logvar = logvar.clamp(-12, 4)
-        error = autoencoder.decode(mean + (0.5 * logvar).exp() * noise).float() - pictures
+def autoencoder_stage(recipe, autoencoder, stage, held_out, device):
+    """-> make_loss, draw_sheet of train_stage."""
+    @torch.compile(dynamic=False, disable=device.type == "cpu" or stage.steps < 2_000)       # it takes a minute
+    def loss_of(pictures, noise):
+        """Reconstruction; latents' noise near standard (KL), their mean and spread over the batch standard."""
+        mean, logvar = recipe.encode(autoencoder, pictures).float().chunk(2, dim=1)          # (B, z, ..., h, w) each
+        logvar = logvar.clamp(LEAST_LOGVAR, 4)
+        error = autoencoder.decode(mean + (0.5 * logvar).exp() * noise).float() - pictures   # (B, 3, ..., 8h, 8w)
+        if stage.frames > 1:                                         # what moves is small and hard, so it counts more
+            moved = (pictures.diff(dim=2).abs().amax(1, keepdim=True) > 0.1).float()         # (B, 1, T - 1, 8h, 8w)
+            error = error * (1 + 2 * F.pad(moved, (0, 0, 0, 0, 1, 0)))
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        spread, centre = torch.var_mean(mean, dim=(0, *range(2, mean.dim())))            # (z,) each
+        spread, centre = torch.var_mean(mean, dim=(0, *range(2, mean.dim())))                # (z,) each
         standard = (spread.clamp(min=1e-6).sqrt() - 1).square().mean() + centre.square().mean()
-        return error.abs().mean() + 4 * error.square().mean() + 1e-4 * kl + 1e-2 * standard
+        return error.abs().mean() + 4 * error.square().mean() + edges + 1e-4 * kl + 1e-2 * standard
 
-    def loss(generator):
-        rng = random.Random(generator.initial_seed())
-        side = rng.choice((1.0, 0.5))                                # half the batches see pictures of twice the size
-        window = (rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side)
-        pictures = show(rng.sample(scenes, stage.batch), stage, device, window)
-        for _ in range(3 if stage.frames else 0):                    # videos show one thing: four in one teach more
-            more = rng.sample(scenes, stage.batch)
-            pictures = draw_videos(more, stage.size, stage.frames, device, window, pictures)
-        *time, h, w = stage.grid
-        noise = torch.randn(stage.batch, autoencoder.config.z, *time, 2 * h, 2 * w, generator=generator, device=device)
+    def make_loss():
+        shown = show_all(recipe, stage, random.Random(stage.name), device)
+        pictures = torch.cat([to_bytes(some) for _, some in shown])              # (n, 3, [T,] size, size)
+
+        def loss(generator):
+            rng = random.Random(generator.initial_seed())
+            x, y = (rng.randrange(stage.size - stage.crop + 1) for _ in range(2))
+            index = torch.randint(len(pictures), (stage.batch,), generator=generator, device=device)
+            squares = from_bytes(pictures[index, ..., y:y + stage.crop, x:x + stage.crop])
+            shape = stage.batch, autoencoder.config.z, *stage.grid[:-2], stage.crop // 8, stage.crop // 8
+            noise = torch.randn(shape, generator=generator, device=device)
+            with half_precision(device):
+                return loss_of(squares, noise)
+        return loss
+
+    @torch.no_grad()
+    def draw_sheet(autoencoder):
+        """Held-out pictures, and below them what comes out of the autoencoder."""
+        pictures = show([scene for scene in held_out if scene.surface != "plain"], stage, device)
         with half_precision(device):
-            return forward(pictures, noise)
-    return loss
+            decoded = [autoencoder.decode(autoencoder.encode(picture))[0].float() for picture in pictures.split(1)]
+        decoded = torch.stack(decoded).clamp(-1, 1)                  # as pictures
+        psnr = f"{fmean(map(media.psnr, pictures, decoded)):.2f} dB"
+        tqdm.write(f"{stage.name}: {len(pictures)} held-out textured scenes come back with a PSNR of {psnr}")
+        return sheet(torch.cat([pictures[:SAMPLES], decoded[:SAMPLES]])), {"psnr": psnr}
+    return make_loss, draw_sheet
 
 
 @torch.no_grad()
-def cache_latents(autoencoder, scenes, stage, work, device):
-    """(n, z, ..., size / 8, size / 8) in half precision, kept in a file for an interrupted stage."""
-    file = work / f"latents-{stage.size}-{len(scenes)}.pt"
-    if file.exists():
-        return torch.load(file, map_location=device, weights_only=True)
-    batch = max(1, 128 * 256**2 // (stage.size**2 * max(1, stage.frames)))
-    latents = []
-    for i in tqdm(range(0, len(scenes), batch), f"latents {stage.size}", mininterval=2):
-        with half_precision(device):
-            latents.append(autoencoder.encode(show(scenes[i:i + batch], stage, device)).half())
-    latents = torch.cat(latents)
-    torch.save(latents, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
-    return latents
+def cache_latents(recipe, autoencoder, stage, work, device):
+    """-> latents (n, z, ..., size / 8, size / 8) in half precision; outlines (n, N, 48), bytes; n captions. outlines:
+    of each token 4 x 4 colours of the same scene without surfaces. Kept in a file for the next start."""
+    file = work / f"latents {stage.size}, {stage.frames} frames.pt"
+    if not file.exists():
+        latents, outlines, captions = [], [], []
+        for some, pictures in show_all(recipe, stage, random.Random(stage.size), device):
+            with half_precision(device):
+                latents.append(autoencoder.encode(pictures).half())
+            small = replace(stage, size=stage.size // 4)
+            plain = show([scenes.without_surfaces(scene) for scene in some], small, device)
+            plain = plain.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 4))          # (B, 3, [T,] h, 4, w, 4)
+            if stage.frames:
+                plain = plain[:, :, ::4]                                         # the last frame of each latent
+            outlines.append(to_bytes(plain.movedim((1, -3, -1), (-3, -2, -1)).flatten(-3).flatten(1, -2)))
+            captions += [scene.caption for scene in some]
+        save_atomically((torch.cat(latents), torch.cat(outlines), captions), file)
+    return torch.load(file, map_location=device, weights_only=True)
+
+# ---------------------------------------------------------------------------------------------------------
+# the transformer
 
 
 def make_painters(recipe, config):
-    """The transformer and its text encoders, with the zeros that the recipe wants."""
+    """The transformer and its text encoders, with zeros where the recipe wants them, and "outlines": what the middle
+    block's tokens tell of them."""
     makers = recipe.program.parts(config)
     painters = nn.ModuleDict({part: makers[part]() for part in recipe.painters})
-    for name, p in painters[recipe.painters[0]].named_parameters():
+    transformer = painters[recipe.painters[0]]
+    for name, p in transformer.named_parameters():
         if re.search(recipe.zero, name):
             nn.init.zeros_(p)
+    painters["outlines"] = nn.Linear(transformer.config.dim, 3 * 4 * 4)
+    painters.middle = []                                             # where the middle block leaves its output
+
+    def leave(block, inputs, output):
+        if torch.is_grad_enabled():
+            painters.middle.append(output)
+    transformer.get_submodule(recipe.middle).register_forward_hook(leave)
     return painters
 
 
@@ -371,39 +321,82 @@ def compile_blocks(model):
             module.compile(dynamic=False)
 
 
-def flow_loss(recipe, painters, teacher, latents, tokens, empty, stage, layout, device):
-    """Flow matching on cached latents; with a teacher, matching its guided velocity instead."""
-    shift = 0.16 * math.prod(stage.grid)**0.5                        # towards noise: things find their places early
-    for model in painters, teacher or painters:
-        compile_blocks(model)
+def shifted(t, stage):
+    """Times t in 0..1, moved towards noise, the more the more tokens there are: there things find their places."""
+    shift = max(1.0, 0.18 * math.prod(stage.grid)**0.5)
+    return shift * t / (1 + (shift - 1) * t)
 
-    def loss(generator):
-        def uniform():
-            return torch.rand(stage.batch, generator=generator, device=device)
-        index = torch.randint(len(latents), (stage.batch,), generator=generator, device=device)
-        clean = latents[index].float()                               # (B, z, ..., h, w)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        t = uniform()
-        t = shift * t / (1 + (shift - 1) * t)
-        x = torch.lerp(clean, noise, t.view(-1, *[1] * (clean.dim() - 1)))
-        prompts = [i[index] for i in tokens]                         # (B, L) each
-        one = torch.ones_like(t)
+
+def guided_velocity(recipe, painters, x, t, tokens, empty, guidance, layout):
+    """v_empty + guidance (v_prompt - v_empty), of a model that has not learned it. t, guidance (B,)"""
+    one = torch.ones_like(t)
+    prompted = recipe.velocity(painters, x, t, tokens, one, layout)
+    unprompted = recipe.velocity(painters, x, t, [e.expand_as(i) for e, i in zip(empty, tokens)], one, layout)
+    return unprompted + guidance.view(-1, *[1] * (x.dim() - 1)) * (prompted - unprompted)
+
+
+def flow_stage(recipe, painters, autoencoder, stage, read, held_out, work, device):
+    """-> make_loss, draw_sheet of train_stage."""
+    def numbers(prompts):
+        return [i.to(device) for i in read(prompts, stage.text)]     # (len(prompts), L) each
+    layout, empty = recipe.make_layout(recipe.program.CONFIGS["tiny"], stage, device), numbers([""])
+    teacher = None
+    if stage.guidance:                                               # here, before a checkpoint changes the painters
+        teacher = copy.deepcopy(painters).requires_grad_(False)
+
+    def make_loss():
+        latents, outlines, captions = cache_latents(recipe, autoencoder, stage, work, device)
+        tokens = numbers(captions)
+        for model in painters, teacher or painters:
+            compile_blocks(model)
+
+        def loss(generator):
+            """Flow matching; with a teacher, matching its guided velocity instead."""
+            index = torch.randint(len(latents), (stage.batch,), generator=generator, device=device)
+            t, chance = torch.rand(2, stage.batch, generator=generator, device=device)       # (B,) each
+            t = shifted(t, stage)
+            clean = latents[index].float()                           # (B, z, ..., h, w)
+            noise = torch.randn(clean.shape, generator=generator, device=device)
+            x = torch.lerp(clean, noise, t.view(-1, *[1] * (clean.dim() - 1)))
+            prompts = [i[index] for i in tokens]                     # (B, L) each
+            with half_precision(device):
+                if teacher is None:
+                    prompts = [torch.where(chance[:, None] < 0.1, e, i) for e, i in zip(empty, prompts)]
+                    guidance, target = torch.ones_like(t), noise - clean
+                else:
+                    guidance = 1 + (stage.guidance - 1) * chance
+                    with torch.no_grad():
+                        target = guided_velocity(recipe, teacher, x, t, prompts, empty, guidance, layout)
+                velocity = recipe.velocity(painters, x, t, prompts, guidance, layout)
+                middle, n = painters.middle.pop(), outlines.shape[1]
+                told = painters.outlines(middle[:, -n:] if recipe.text_first else middle[:, :n])     # (B, N, 48)
+            seen = from_bytes(outlines[index][:, layout.order])      # (B, N, 48)
+            return F.mse_loss(velocity.float(), target.float()) + OUTLINES * F.mse_loss(told.float(), seen)
+        return loss
+
+    @torch.no_grad()
+    def draw_sheet(painters):
+        """What the model draws for held-out captions, always from the same noise, in 20 steps."""
+        captions = [scene.caption for scene in held_out[:SAMPLES]]
+        tokens = numbers(captions)
+        shape = len(captions), autoencoder.config.z, *stage.grid[:-2], stage.size // 8, stage.size // 8
+        x = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device)
+        guidance = x.new_full((len(x),), 3.0)                        # (B,)
+        levels = shifted(torch.linspace(1, 0, 21, device=device), stage)
         with half_precision(device):
-            if teacher is None:
-                drop = uniform()[:, None] < 0.1
-                prompts = [torch.where(drop, e, i) for e, i in zip(empty, prompts)]
-                guidance, target = one, noise - clean
-            else:
-                guidance = 1 + (stage.guidance - 1) * uniform()
-                with torch.no_grad():
-                    nothing = [e.expand_as(i) for e, i in zip(empty, prompts)]               # (B, L) each
-                    prompted = recipe.velocity(teacher, x, t, prompts, one, layout)
-                    unprompted = recipe.velocity(teacher, x, t, nothing, one, layout)
-                    weight = guidance.view(-1, *[1] * (clean.dim() - 1))
-                    target = unprompted + weight * (prompted - unprompted)
-            velocity = recipe.velocity(painters, x, t, prompts, guidance, layout)
-        return F.mse_loss(velocity.float(), target.float())
-    return loss
+            for level, following in zip(levels[:-1], levels[1:]):
+                t = level.expand(len(x))
+                if stage.guidance:
+                    v = recipe.velocity(painters, x, t, tokens, guidance, layout)
+                else:
+                    v = guided_velocity(recipe, painters, x, t, tokens, empty, guidance, layout)
+                x = x + (following - level) * v.float()
+            pictures = torch.cat([autoencoder.decode(latents).float().clamp(-1, 1) for latents in x.split(1)])
+        return sheet(pictures), {"captions": "\n".join(captions)}
+    return make_loss, draw_sheet
+
+# ---------------------------------------------------------------------------------------------------------
+# a recipe from its first stage to its last
 
 
 def save(module, file):
@@ -412,49 +405,40 @@ def save(module, file):
 
 
 def train(recipe, folder, work, device):
-    """Run every stage of a recipe. The weights go into folder as half-precision safetensors, laid out as the model's
+    """Run every stage of a recipe. The weights go into folder as half-precision safetensors, laid out as in the model's
     repository, when all are trained; until then they are in work / "weights"."""
-    config = recipe.program.CONFIGS["tiny"]
-    written = work / "weights"
-    files = {part: written / file for part, file in recipe.files.items()}
+    began = time.monotonic()
+    config, weights = recipe.program.CONFIGS["tiny"], work / "weights"
     try:
-        written.mkdir(parents=True, exist_ok=True)
+        weights.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cli.Fail(f"--work {work}: {error.strerror}; choose another folder") from None
+    if device.type == "cuda":
+        scenes.noise = torch.compile(scenes.noise, dynamic=True)     # most of the time that drawing takes
     torch.manual_seed(0)
     rng = random.Random(0)
-    most = max(stage.scenes for stage in recipe.stages)
-    scenes = [recipe.make_scene(rng) for _ in tqdm(range(most), "scenes", mininterval=2)]
-    captions = [scene.caption for scene in scenes]
-    read = recipe.make_reader(written, captions[:20_000], config)
-    tokens, empty = ([i.to(device) for i in read(prompts)] for prompts in (captions, [""]))          # (n, L), (1, L)
-
+    read = recipe.make_reader(weights, [recipe.make_scene(rng).caption for _ in range(5_000)], config)
+    held_out = [recipe.make_scene(rng, train=False, plain=True) for _ in range(4 * SAMPLES)]
     autoencoder, painters = make_autoencoder(recipe, config).to(device), make_painters(recipe, config).to(device)
-    channels_last(autoencoder)
-    latents, size, seconds = None, None, 0.0
     for stage in recipe.stages:
-        if stage.name.startswith("autoencoder"):
-            loss = autoencoder_loss(recipe, autoencoder, scenes[:stage.scenes], stage, device)
-            seconds += run_stage(stage, autoencoder, loss, work, device)
-            save(autoencoder, files[recipe.autoencoder])
-            continue
-        if size != stage.size:
-            latents, size = cache_latents(autoencoder, scenes[:stage.scenes], stage, work, device), stage.size
-        teacher = copy.deepcopy(painters).requires_grad_(False) if stage.guidance else None
-        layout = recipe.make_layout(config, stage.grid, device)
-        loss = flow_loss(recipe, painters, teacher, latents, tokens, empty, stage, layout, device)
-        seconds += run_stage(stage, painters, loss, work, device)
-        for part in recipe.painters:
-            save(painters[part], files[part])
-    shutil.copytree(written, folder, dirs_exist_ok=True)
+        if stage.crop:
+            model, trained = autoencoder, {recipe.autoencoder: autoencoder}
+            make_loss, draw_sheet = autoencoder_stage(recipe, autoencoder, stage, held_out, device)
+        else:
+            model, trained = painters, painters
+            make_loss, draw_sheet = flow_stage(recipe, painters, autoencoder, stage, read, held_out, work, device)
+        began = train_stage(stage, model, make_loss, draw_sheet, work, began, device)
+        for part in trained.keys() & recipe.files.keys():
+            save(trained[part], weights / recipe.files[part])
+    shutil.copytree(weights, folder, dirs_exist_ok=True)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    cli.say(f"{folder}: trained in {seconds / 60:.1f} minutes on {where}, torch {torch.__version__}")
+    cli.say(f"{folder}: trained in {(time.monotonic() - began) / 60:.1f} minutes on {where}, torch {torch.__version__}")
 
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(RECIPES))
-    parser.add_argument("--work", type=Path, default=Path("train"), help="folder of the checkpoints (default: train)")
+    parser.add_argument("--work", type=Path, default=Path("train"), help="folder of checkpoints (default: train)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")

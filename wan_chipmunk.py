@@ -39,7 +39,7 @@ import checkpoints
 import cli
 import media
 import parallel
-from cache import EARLY_STEPS, Sparsity, chipmunk_attention, make_plan, make_state, until_sparse
+from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
 from sparse_kernels import GROUP
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
@@ -89,18 +89,21 @@ class Config:
     guidance: float
     shift: float               # of the noise levels: larger spends more steps on much noise
     window: int                # a group of tokens always recomputes the window x window x window voxels around it
-    sparsity: Sparsity
+    presets: dict              # {name: Sparsity}, for `steps` steps
+    costs: dict                # {a step's mode: its time as a share of the dense model's}, from step_times.json
 
 
 FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion_pytorch_model.safetensors",
          "vae": "vae/diffusion_pytorch_model.safetensors"}
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
-# As the original's branch evals, with our voxels (its master measures every tenth step, with a window of 5 voxels, in
-# raster order). The tiny model measures more of its early steps, which change fastest: dense attention costs it little,
-# and the README's table says what that does.
-WAN_SPARSITY = Sparsity(attn_keep=0.10, attn_random=0.01, mlp_keep=0.0, delta="paper",
-                        measure=(1, 10, 40), skip="video")
+# Columns as in the original's preset. Early steps change fastest, so most full steps are early.
+EARLY = 1, 2, 4, 7, 12, 20, 30, 40
+WAN_COLUMNS = Sparsity(attn_keep=0.10, attn_random=0.01, mlp_keep=0.0, delta="paper", measure=EARLY)
+WAN_PRESETS = {"quality": replace(WAN_COLUMNS, skip=between(EARLY, 2, 12)),
+               "balanced": replace(WAN_COLUMNS, skip=between(EARLY, 3, 12)),
+               "fast": replace(WAN_COLUMNS, skip=between(EARLY, 4, 5))}
+WAN_COSTS = {"dense": 0.99, "measure": 1.44, "sparse": 0.61, "skip": 0.002}
 
 WAN_VAE = VAEConfig(
     channels=96, multipliers=(1, 2, 4, 4), blocks=2,
@@ -123,17 +126,17 @@ CONFIGS = {
         umt5=T5Config(vocab=512, dim=96, heads=3, head_dim=32, ff=192, layers=2, per_layer_bias=True),
         text_length=64, negative_prompt="", width=256, height=256, frames=17, fps=8, steps=50, guidance=5.0, shift=3.0,
         window=1,                                                    # 3x3x3 voxels would be most of so small a video
-        sparsity=replace(WAN_SPARSITY, measure=EARLY_STEPS)),
+        presets=WAN_PRESETS, costs=WAN_COSTS),
     "1.3b": Config(
         weights="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         wan=WanConfig(channels=16, text_dim=4096, dim=1536, heads=12, ff=8960, layers=30), vae=WAN_VAE, umt5=UMT5_XXL,
         text_length=512, negative_prompt=NEGATIVE_PROMPT, width=832, height=480, frames=81, fps=16, steps=50,
-        guidance=6.0, shift=8.0, window=3, sparsity=WAN_SPARSITY),
+        guidance=6.0, shift=8.0, window=3, presets=WAN_PRESETS, costs=WAN_COSTS),
     "14b": Config(
         weights="Wan-AI/Wan2.1-T2V-14B-Diffusers",
         wan=WanConfig(channels=16, text_dim=4096, dim=5120, heads=40, ff=13824, layers=40), vae=WAN_VAE, umt5=UMT5_XXL,
         text_length=512, negative_prompt=NEGATIVE_PROMPT, width=1280, height=720, frames=81, fps=16, steps=50,
-        guidance=5.0, shift=5.0, window=3, sparsity=WAN_SPARSITY),
+        guidance=5.0, shift=5.0, window=3, presets=WAN_PRESETS, costs=WAN_COSTS),
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -575,15 +578,16 @@ def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None, 
 
 
 def generate(prompt, *, model="tiny", weights=None, negative_prompt=None, width=None, height=None, frames=None,
-             steps=None, guidance=None, seed=0, sparsity=None, dense=False, device=None, dtype=None):
+             steps=None, guidance=None, seed=0, preset="balanced", sparsity=None, dense=False, device=None, dtype=None):
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
-    sparsity: a cache.Sparsity for this many steps. dense: recompute everything. device: "cpu", "cuda", ...
-    dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail for what cannot be done."""
+    preset: "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute
+    everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail
+    for what cannot be done."""
     settings = cli.Settings(model=model, weights=weights, negative_prompt=negative_prompt, width=width, height=height,
-                            frames=frames, steps=steps, guidance=guidance, seed=seed, sparsity=sparsity, dense=dense,
-                            device=device, dtype=dtype)
+                            frames=frames, steps=steps, guidance=guidance, seed=seed, preset=preset,
+                            sparsity=sparsity, dense=dense, device=device, dtype=dtype)
     (video, _), = render(prompt, cli.fill(settings, CONFIGS))
     return [media.to_image(frame) for frame in video]
 

@@ -44,7 +44,7 @@ import wan_chipmunk
 from cache import Sparsity, between, fit_steps, make_plan, make_state
 from scenes import check, check_videos, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, add_columns, attention, attention_triton, attention_with_column_mass,
-                            choose_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
+                            choose_columns, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
 
 BATCH = 20                     # pictures or videos drawn at a time
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
@@ -538,10 +538,10 @@ def fastest_attention(q, k, v):
 
 
 def columns_to_mask(columns, counts, n):
-    """Column lists (..., K), counts (...) -> bool (..., n): is the column in the list?"""
-    inside = torch.arange(columns.shape[-1], device=columns.device) < counts[..., None]          # (..., K)
-    index = torch.where(inside, columns, n).long()                   # padding goes to an extra column, cut off again
-    mask = torch.zeros(*counts.shape, n + 1, dtype=torch.bool, device=columns.device)
+    """Column lists (..., K), counts (..., P) -> bool (..., n): is the column in the list?"""
+    index, in_list = listed_columns(columns, counts)                 # (..., K) each
+    index = torch.where(in_list, index, n).long()                    # padding goes to an extra column, cut off again
+    mask = torch.zeros(*index.shape[:-1], n + 1, dtype=torch.bool, device=columns.device)
     return mask.scatter_(-1, index, True)[..., :n]
 
 
@@ -608,7 +608,7 @@ def mlp_rows(rows=4_352, dim=3_072, hidden=12_288, keep=0.30):
     against = shape, dense, f"{label}, {flops / dense / 1e9:.0f} TFLOP/s"
 
     moved, out = torch.rand(1, 1, groups, hidden, device="cuda"), mlp(x)
-    columns, counts = (c[:, 0] for c in choose_columns(moved, keep, 0.0, None, 1))           # (1, G, K), (1, G)
+    columns, counts = (c[:, 0] for c in choose_columns(moved, keep, 0.0, None, 1))           # (1, G, K), (1, G, P)
     delta = sparse_mlp_fc1(x, w1, b1, columns, counts, act)                                  # (1, G, K, GROUP)
 
     def fc1():

@@ -112,7 +112,7 @@ def until_sparse(plan):
 @dataclass
 class LayerState:
     """What one layer remembers. Shapes: N query rows and Nk columns of attention, M rows of the MLP, G groups of 128
-    rows, K capacity of a column list, F hidden width."""
+    rows, K capacity of a column list, P pages of 65,536 columns, F hidden width."""
     sparsity: Sparsity
     pooled_columns: int              # how many columns, from the first, the blocks of delta="pooled" cover
     static: torch.Tensor | None      # (Nk,) or (G, Nk) bool: attention columns always kept
@@ -121,16 +121,16 @@ class LayerState:
     attn_work: torch.Tensor          # () attentions so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
     lse: torch.Tensor = None         # (B, H, N) of the last dense attention
-    columns: torch.Tensor = None     # (B, H, G, K) int32
-    counts: torch.Tensor = None      # (B, H, G) int32
+    columns: torch.Tensor = None     # (B, H, G, K) uint16
+    counts: torch.Tensor = None      # (B, H, G, P) int32
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
     lse_rest: torch.Tensor = None    # (B, H, N), delta="mass" only
     unlisted: torch.Tensor = None    # (B, H, G, M) uint8, delta="pooled" only: a block's columns that are not kept
     sample: torch.Tensor = None      # (B, M / 8, F) gelu(W1 x + b1) of every 8th row, at the last full step
     act: torch.Tensor = None         # (B, F, M) gelu(W1 x + b1), column after column
     out: torch.Tensor = None         # (B, M, C) W2 act + b2
-    mlp_columns: torch.Tensor = None # (B, G, K)
-    mlp_counts: torch.Tensor = None  # (B, G)
+    mlp_columns: torch.Tensor = None # (B, G, K) uint16
+    mlp_counts: torch.Tensor = None  # (B, G, P) int32
 
 
 @dataclass
@@ -226,7 +226,7 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
         if step.mode == "measure":
             moved = movement(sample, s.sample) * w2.norm(dim=0)                  # (B, G, F)
             columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, _seed(s, step))
-            s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]            # (B, G, K), (B, G)
+            s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]            # (B, G, K), (B, G, P)
             s.act, s.out = act.mT.contiguous(), out
         s.sample = sample.clone()                                                # a view would keep all of act
     return out
@@ -243,7 +243,7 @@ def movement(now, before):
 def _share(counts, n, unlisted=None):
     """The share of n columns that is computed, means included. It stays on the device: nothing waits for it. -> ()"""
     means = 0 if unlisted is None else unlisted.shape[-1]
-    return (counts.float().mean() + means) / n
+    return (counts[..., -1].float().mean() + means) / n
 
 
 def _seed(layer_state, step):

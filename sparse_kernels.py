@@ -23,12 +23,22 @@ The file goes op by op; the three around column_sparse_attention share one defin
     _X_op     what torch.compile sees of X
 
 Shapes: B batch, H heads, N tokens (Nq query rows, Nk columns), D head dimension, G = ceil(Nq / GROUP) groups,
-K room for columns in a list. Entries of a list at or past its count are padding and are never used.
+K room for columns in a list, P = ceil(Nk / PAGE) pages of 65,536 columns.
+
+A list takes 16 bits a column. Its columns ascend, so those of a page stand side by side:
+
+    columns (..., K) uint16    each column within its page, j mod PAGE
+    counts (..., P) int32      how many columns of the list lie in the pages 0..p: where page p ends in the list
+
+So counts[..., -1] is the list's length. Entries from there on are padding and are never used. Up to 65,536 tokens there
+is one page, and an entry is the column itself.
+
 The kernels take float16, bfloat16 and float32, a last dimension of stride 1, a D of 16, 32, 64 or 128, and a multiple
 of 16 channels in the MLP; otherwise they raise ValueError. float64 runs the definition.
 """
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -46,6 +56,7 @@ except ImportError:
 
 GROUP = 128                     # query rows per group: the [128, 1] pattern
 POOL = 64                       # neighbouring columns that one mean stands in for
+PAGE = 2 ** 16                  # columns that 16 bits tell apart
 LOG2E = 1.0 / math.log(2.0)     # kernels use exp2; the public lse is a natural logarithm
 TINY_REST = 2.0 ** -17          # a share of the softmax below this is rounding error of an fp32 lse and counts as 0
 
@@ -414,14 +425,14 @@ def choose_columns(mass: Tensor, keep: float, random: float, static: Tensor | No
     """List the columns of every group: the heaviest, some at random, and those that are always kept.
 
     mass (..., G, N) not negative; keep, random: shares of N in 0..1; static: bool (N,), (G, N) or None; seed: an
-    integer, new for every choice -> columns (..., G, K) int32, counts (..., G) int32.
+    integer, new for every choice -> columns (..., G, K) uint16, counts (..., G, P) int32.
     Each list is ascending and the union of three sets:
       by mass  the ceil(keep N) columns of largest mass. Columns that tie for the last places get them in ascending
                order; a tied column that is listed anyway takes no place.
       random   each column with probability `random`, by a hash of seed, group and column: the same for every head, on
                every device, and however heads are spread over devices
       static   the static columns
-    Entries past counts are 0. K is computed from the arguments alone. static_most is the most static columns of any
+    Padding is 0. K is computed from the arguments alone. static_most is the most static columns of any
     group. If it is not given they are counted, which waits for the device once; torch.compile needs it given.
     Raises ValueError if keep or random is not a share.
     """
@@ -469,11 +480,13 @@ def choose_columns_ref(mass: Tensor, keep: float, random: float, static: Tensor 
         ties_wanted = top - above.sum(-1, keepdim=True)                           # (..., G, 1)
         chosen = unranked | above | tied & (tied.cumsum(-1) <= ties_wanted)       # (..., G, N)
 
-    slot = torch.where(chosen, chosen.cumsum(-1) - 1, K).clamp(max=K)             # K: an extra slot, cut off below
+    so_far = chosen.cumsum(-1)                                                    # (..., G, N)
+    slot = torch.where(chosen, so_far - 1, K).clamp(max=K)                        # K: an extra slot, cut off below
     columns = torch.zeros(*mass.shape[:-1], K + 1, dtype=torch.int32, device=mass.device)
-    columns.scatter_(-1, slot, column.to(torch.int32).expand(mass.shape))
-    counts = chosen.sum(-1, dtype=torch.int32).clamp(max=K)                       # (..., G)
-    return columns[..., :K].contiguous(), counts                                  # (..., G, K)
+    columns.scatter_(-1, slot, (column % PAGE).to(torch.int32).expand(mass.shape))
+    page_ends = torch.arange(PAGE, N + PAGE, PAGE, device=mass.device).clamp(max=N)    # (P,)
+    counts = so_far[..., page_ends - 1].clamp(max=K).to(torch.int32)              # (..., G, P)
+    return columns[..., :K].to(torch.uint16), counts                              # (..., G, K)
 
 
 @_jit
@@ -547,13 +560,14 @@ def _find_threshold(bits_ptr, n, step, top, lo, hi, END: tl.constexpr, BLOCK: tl
 
 @_jit
 def _choose_columns_kernel(bits_ptr, unranked_ptr, columns_ptr, counts_ptr, stride_unranked, top, G, N, K,
-                           BITS: tl.constexpr, SUBSET: tl.constexpr, BLOCK: tl.constexpr):
+                           BITS: tl.constexpr, SUBSET: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr):
     """One program: one group. Find the top-th largest mass, then list what is chosen in ascending order.
 
     Floats that are not negative are ordered as their bits are, so masses are compared as integers below END."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     bits_ptr += row * N
+    counts_ptr += row * tl.cdiv(N, PAGE)
     if unranked_ptr is not None:
         unranked_ptr += row % G * stride_unranked
 
@@ -587,13 +601,13 @@ def _choose_columns_kernel(bits_ptr, unranked_ptr, columns_ptr, counts_ptr, stri
         tied_so_far = pair_so_far >> 16
         chosen = sure | tied & (tied_so_far <= ties_wanted)
         slot = count + sure_so_far + tl.minimum(tied_so_far, ties_wanted) - 1
-        tl.store(columns_ptr + row * K + slot, column, mask=chosen & (slot < K))
+        tl.store(columns_ptr + row * K + slot, (column % PAGE).to(tl.uint16), mask=chosen & (slot < K))
 
         pair_total = tl.sum(pair)
         ties_taken = tl.minimum(pair_total >> 16, ties_wanted)
         count += (pair_total & 0xFFFF) + ties_taken
         ties_wanted -= ties_taken
-    tl.store(counts_ptr + row, tl.minimum(count, K))
+        tl.store(counts_ptr + start // PAGE, tl.minimum(count, K))                # a page's last tile has the last word
 
 
 def choose_columns_triton(mass: Tensor, keep: float, random: float, static: Tensor | None, seed: int,
@@ -617,19 +631,20 @@ def choose_columns_triton(mass: Tensor, keep: float, random: float, static: Tens
         _mark_unranked_kernel[(G, triton.cdiv(N, 1024))](
             unranked, static, stride_static, seed & 0x7FFFFFFF, round(random * 2 ** 24), N, BLOCK=1024)
 
-    columns = torch.zeros(*mass.shape[:-1], K, dtype=torch.int32, device=mass.device)
-    counts = torch.empty(mass.shape[:-1], dtype=torch.int32, device=mass.device)
+    columns = torch.zeros(*mass.shape[:-1], K, dtype=torch.uint16, device=mass.device)
+    counts = torch.empty(*mass.shape[:-1], triton.cdiv(N, PAGE), dtype=torch.int32, device=mass.device)
     # fastest on an H100: a larger subset costs more than the counts that it spares, a larger tile more registers
-    _choose_columns_kernel[(counts.numel(),)](
+    _choose_columns_kernel[(mass.numel() // N,)](
         bits, unranked, columns, counts, stride_unranked, top, G, N, K,
-        BITS=8 * mass.itemsize, SUBSET=1024, BLOCK=1024, num_warps=4)
+        BITS=8 * mass.itemsize, SUBSET=1024, BLOCK=1024, PAGE=PAGE, num_warps=4)
     return columns, counts
 
 
 def _empty_choose_columns(mass, keep, random, static, seed, static_most):
-    _, K = _list_sizes(mass.shape[-1], keep, random, static_most)
-    counts = mass.new_empty(mass.shape[:-1], dtype=torch.int32)
-    return counts.new_empty(*counts.shape, K), counts
+    N = mass.shape[-1]
+    _, K = _list_sizes(N, keep, random, static_most)
+    columns = mass.new_empty(*mass.shape[:-1], K, dtype=torch.uint16)
+    return columns, mass.new_empty(*mass.shape[:-1], -(-N // PAGE), dtype=torch.int32)
 
 
 @_op("choose_columns(Tensor mass, float keep, float random, Tensor? static, SymInt seed, int static_most) "
@@ -637,6 +652,32 @@ def _empty_choose_columns(mass, keep, random, static, seed, static_most):
 def _choose_columns_op(mass, keep, random, static, seed, static_most):
     run = _pick(mass, choose_columns_triton, choose_columns_ref)
     return run(mass, keep, random, static, seed, static_most)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading a list
+#
+# With pages of 4 columns, the list 1 2 6 9 11 is stored as 1 2 2 1 3 with counts 2 3 5. From slot 2 on it is in page 1,
+# from slot 3 on in page 2: 2 + 4 = 6, 1 + 8 = 9, 3 + 8 = 11.
+
+
+def listed_columns(columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """columns (..., K) uint16, counts (..., P) -> the columns (..., K) int32, and whether a slot is none of the list's
+    padding (..., K) bool."""
+    slot = torch.arange(columns.shape[-1], device=columns.device)                 # (K,)
+    index = columns.to(torch.int32)                                               # (..., K)
+    for page_end in counts[..., :-1].unbind(-1):                                  # (...)
+        index += PAGE * (slot >= page_end[..., None])
+    return index, slot < counts[..., -1:]
+
+
+@_jit
+def _load_columns(columns_ptr, counts_ptr, slot, count, PAGES: tl.constexpr):
+    """The columns at these slots of a list -> (slots,) int32; in padding some column that exists."""
+    index = tl.load(columns_ptr + slot, mask=slot < count, other=0).to(tl.int32)
+    for page in tl.static_range(PAGES - 1):
+        index += (slot >= tl.load(counts_ptr + page)).to(tl.int32) << 16
+    return index
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -662,11 +703,11 @@ def block_means(x: Tensor, n: int, size: int = POOL) -> Tensor:
 
 def count_unlisted(columns: Tensor, counts: Tensor, n: int) -> Tensor:
     """How many columns of each block of POOL, among the first n, a list leaves out.
-    columns (..., G, K) int32 ascending, counts (..., G) -> (..., G, ceil(n / POOL)) uint8"""
-    slot = torch.arange(columns.shape[-1], device=columns.device)
-    ascending = torch.where(slot < counts[..., None], columns, 2**31 - 1)         # (..., G, K), padding last
+    columns (..., G, K) uint16, counts (..., G, P) -> (..., G, ceil(n / POOL)) uint8"""
+    index, in_list = listed_columns(columns, counts)                              # (..., G, K) each
+    ascending = torch.where(in_list, index, 2**31 - 1)                            # (..., G, K), padding last
     ends = torch.arange(0, n + POOL, POOL, dtype=torch.int32, device=columns.device).clamp(max=n)      # (M + 1,)
-    below = torch.searchsorted(ascending, ends.expand(*counts.shape, -1).contiguous(), out_int32=True)
+    below = torch.searchsorted(ascending, ends.expand(*index.shape[:-1], -1).contiguous(), out_int32=True)
     return (ends.diff() - below.diff()).to(torch.uint8)                           # (..., G, M)
 
 
@@ -677,7 +718,7 @@ def count_unlisted(columns: Tensor, counts: Tensor, n: int) -> Tensor:
 def column_sparse_attention(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of each group of rows to its listed columns only.
 
-    q (B, H, Nq, D), k and v (B, H, Nk, D), columns (B, H, G, K) int32, counts (B, H, G) int32 -> o_S
+    q (B, H, Nq, D), k and v (B, H, Nk, D), columns (B, H, G, K) uint16, counts (B, H, G, P) int32 -> o_S
     (B, H, Nq, D) in q's dtype, lse_S (B, H, Nq) float32. An empty list gives o_S = 0 and lse_S = -inf.
     """
     return _column_sparse_attention_op(q, k, v, columns, counts, None, None, "none")
@@ -717,10 +758,9 @@ def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor
                                 unlisted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """All three: epilogue "none", "split" with the dense o, lse, or "add" with the cached o_rest, lse_rest."""
     (B, H, Nq, D), Nk = q.shape, k.shape[2]
-    columns = columns[..., :max(1, int(counts.max()))]                            # (B, H, G, K)
-    in_list = torch.arange(columns.shape[-1], device=q.device) < counts[..., None]     # (B, H, G, K)
+    index, in_list = listed_columns(columns[..., :max(1, int(counts.max()))], counts)  # (B, H, G, K) each
     head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
-    index = torch.where(in_list, columns, Nk) + head * (Nk + 1)                   # Nk: a row of zeros, for padding
+    index = torch.where(in_list, index, Nk) + head * (Nk + 1)                     # Nk: a row of zeros, for padding
 
     def gather(x):
         rows = F.pad(x, (0, 0, 0, 1)).reshape(-1, D)                              # (B H (Nk + 1), D)
@@ -761,7 +801,7 @@ def _column_sparse_attention_kernel(
         stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
         stride_bb, stride_bh, stride_bn, H, Nq, K, M, scale, TINY_REST: tl.constexpr, EPILOGUE: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, LOG2E: tl.constexpr,
-        WIDE_OFFSETS: tl.constexpr):
+        WIDE_OFFSETS: tl.constexpr, PAGES: tl.constexpr):
     """One program: one group of rows against its listed columns. They are then split off the base, a dense result, or
     added to the base, a cached rest. All lse are to base 2 here."""
     g = tl.program_id(0)
@@ -775,7 +815,8 @@ def _column_sparse_attention_kernel(
     v_ptr += b * stride_vb + h * stride_vh
     group = head * tl.num_programs(0) + g
     columns_ptr += group * K
-    count = tl.load(counts_ptr + group)
+    counts_ptr += group * PAGES
+    count = tl.load(counts_ptr + PAGES - 1)
 
     if EPILOGUE == "add" and base_lse_ptr is not None:                            # go on where the rest's softmax ended
         acc = _load_rows(base_ptr, b, h, rows, stride_bb, stride_bh, stride_bn, Nq, D).to(tl.float32)     # (rows, D)
@@ -786,10 +827,10 @@ def _column_sparse_attention_kernel(
         m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         z = tl.zeros((BLOCK_M,), tl.float32)
     full = count // BLOCK_N * BLOCK_N
-    index = tl.load(columns_ptr + lane, mask=lane < count, other=0)               # (columns,)
+    index = _load_columns(columns_ptr, counts_ptr, lane, count, PAGES)            # (columns,)
     for start in range(0, full, BLOCK_N):
         next_slot = start + BLOCK_N + lane
-        next_index = tl.load(columns_ptr + next_slot, mask=next_slot < count, other=0)     # a tile ahead of its k, v
+        next_index = _load_columns(columns_ptr, counts_ptr, next_slot, count, PAGES)       # a tile ahead of its k, v
         acc, m, z, _ = _attend_tile(q, k_ptr, v_ptr, stride_kn, stride_vn, index, None, scale, acc, m, z,
                                     D, WIDE_OFFSETS, TRACK_MAX=True)
         index = next_index
@@ -845,7 +886,7 @@ def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Ten
         base, base_lse, result, result_lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base.stride()[:3], H, Nq, columns.shape[-1], M,
         LOG2E / math.sqrt(D), TINY_REST=TINY_REST, EPILOGUE=epilogue, **_attention_constants(q, k, v),
-        num_warps=8, num_stages=_stages(q))
+        PAGES=counts.shape[-1], num_warps=8, num_stages=_stages(q))
     return result, result_lse
 
 
@@ -876,8 +917,8 @@ def _column_sparse_attention_op(q, k, v, columns, counts, o, lse, epilogue, k_me
 def sparse_mlp_fc1(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor, counts: Tensor, act: Tensor) -> Tensor:
     """Recompute the listed hidden columns of gelu_tanh(x w1^T + b1) and say by how much they changed.
 
-    x (B, M, C), w1 (F, C), b1 (F,) or None, columns (B, G, K) int32, counts (B, G) int32, act (B, F, M): the cached
-    activation, stored hidden column after hidden column; its listed parts are updated in place
+    x (B, M, C), w1 (F, C), b1 (F,) or None, columns (B, G, K) uint16, counts (B, G, P) int32, act (B, F, M): the
+    cached activation, stored hidden column after hidden column; its listed parts are updated in place
     -> delta (B, G, K, GROUP) in x's dtype, a group's hidden columns side by side, 0 in padding.
     delta is new minus old as *stored* in act, so what fc2 has summed up stays the sum of what act holds.
     """
@@ -886,9 +927,9 @@ def sparse_mlp_fc1(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor, co
 
 def _lists_by_group(columns: Tensor, counts: Tensor) -> Iterator[tuple[int, int, slice, Tensor]]:
     """Yield b, g, the rows of group g, and its list (count,) without padding."""
-    for b, counts_b in enumerate(counts.tolist()):
-        for g, count in enumerate(counts_b):
-            yield b, g, slice(g * GROUP, (g + 1) * GROUP), columns[b, g, :count].long()
+    index, in_list = listed_columns(columns, counts)                              # (B, G, K) each
+    for b, g in itertools.product(range(index.shape[0]), range(index.shape[1])):
+        yield b, g, slice(g * GROUP, (g + 1) * GROUP), index[b, g, in_list[b, g]].long()
 
 
 def sparse_mlp_fc1_ref(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor, counts: Tensor,
@@ -909,7 +950,7 @@ def sparse_mlp_fc1_ref(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Tensor
 @_jit
 def _sparse_mlp_fc1_kernel(x_ptr, w1_ptr, b1_ptr, columns_ptr, counts_ptr, act_ptr, delta_ptr,
                            stride_xb, stride_xm, stride_w, stride_ab, stride_af, M, K, C,
-                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PAGES: tl.constexpr):
     """One program: one group of rows, one tile of its listed hidden columns."""
     g = tl.program_id(0)
     b = tl.program_id(2).to(tl.int64)
@@ -917,9 +958,10 @@ def _sparse_mlp_fc1_kernel(x_ptr, w1_ptr, b1_ptr, columns_ptr, counts_ptr, act_p
     rows = g * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
-    count = tl.load(counts_ptr + group)
+    counts_ptr += group * PAGES
+    count = tl.load(counts_ptr + PAGES - 1)
     in_list = slot < count
-    hidden = tl.load(columns_ptr + group * K + slot, mask=in_list, other=0).to(tl.int64)      # (columns,)
+    hidden = _load_columns(columns_ptr + group * K, counts_ptr, slot, count, PAGES).to(tl.int64)   # (columns,)
     width = tl.where(tl.program_id(1) * BLOCK_N < count, C, 0)     # if the tile is all padding, it only writes zeros
 
     # Rows and columns that are absent read valid memory and are not stored: the loop needs no masks.
@@ -963,7 +1005,7 @@ def sparse_mlp_fc1_triton(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Ten
     _sparse_mlp_fc1_kernel[(G, triton.cdiv(K, 128), B)](
         x, w1, b1, columns.contiguous(), counts.contiguous(), act, delta,
         *x.stride()[:2], w1.stride(0), *act.stride()[:2], M, K, C,
-        BLOCK_M=GROUP, BLOCK_N=128, BLOCK_C=block_c, num_warps=4, num_stages=3)
+        BLOCK_M=GROUP, BLOCK_N=128, BLOCK_C=block_c, PAGES=counts.shape[-1], num_warps=4, num_stages=3)
     return delta
 
 
@@ -980,8 +1022,8 @@ def _sparse_mlp_fc1_op(x, w1, b1, columns, counts, act):
 def sparse_mlp_fc2(delta: Tensor, w2t: Tensor, columns: Tensor, counts: Tensor, out: Tensor) -> Tensor:
     """Add packed deltas times the listed rows of w2t onto the cached output, in place.
 
-    delta (B, G, K, GROUP) from `sparse_mlp_fc1`, w2t (F, C): the second weight transposed, columns (B, G, K) int32,
-    counts (B, G) int32, out (B, M, C) -> out.
+    delta (B, G, K, GROUP) from `sparse_mlp_fc1`, w2t (F, C): the second weight transposed, columns (B, G, K) uint16,
+    counts (B, G, P) int32, out (B, M, C) -> out.
     """
     _sparse_mlp_fc2_op(delta, w2t, columns, counts, out)
     return out
@@ -999,7 +1041,7 @@ def sparse_mlp_fc2_ref(delta: Tensor, w2t: Tensor, columns: Tensor, counts: Tens
 @_jit
 def _sparse_mlp_fc2_kernel(delta_ptr, w2t_ptr, columns_ptr, counts_ptr, out_ptr, stride_w, stride_ob, stride_om, M, K,
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-                           WIDE_OFFSETS: tl.constexpr):
+                           WIDE_OFFSETS: tl.constexpr, PAGES: tl.constexpr):
     """One program: one group of rows, one tile of output channels."""
     g = tl.program_id(0)
     b = tl.program_id(2).to(tl.int64)
@@ -1007,16 +1049,17 @@ def _sparse_mlp_fc2_kernel(delta_ptr, w2t_ptr, columns_ptr, counts_ptr, out_ptr,
     rows = g * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    count = tl.load(counts_ptr + group)
     columns_ptr += group * K
+    counts_ptr += group * PAGES
+    count = tl.load(counts_ptr + PAGES - 1)
     delta_at = delta_ptr + group * K * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     full = count // BLOCK_N * BLOCK_N
-    hidden = tl.load(columns_ptr + lane, mask=lane < count, other=0)              # (columns,)
+    hidden = _load_columns(columns_ptr, counts_ptr, lane, count, PAGES)           # (columns,)
     for start in range(0, full, BLOCK_N):
         next_slot = start + BLOCK_N + lane
-        next_hidden = tl.load(columns_ptr + next_slot, mask=next_slot < count, other=0)    # a tile ahead of its weights
+        next_hidden = _load_columns(columns_ptr, counts_ptr, next_slot, count, PAGES)      # a tile ahead of its weights
         if WIDE_OFFSETS:
             hidden = hidden.to(tl.int64)
         delta = tl.load(delta_at + (start + lane)[:, None] * BLOCK_M)             # (columns, rows)
@@ -1046,7 +1089,8 @@ def sparse_mlp_fc2_triton(delta: Tensor, w2t: Tensor, columns: Tensor, counts: T
     _sparse_mlp_fc2_kernel[(G, C // block_c, B)](
         delta.contiguous(), w2t, columns.contiguous(), counts.contiguous(), out,
         w2t.stride(0), *out.stride()[:2], M, K,
-        BLOCK_M=GROUP, BLOCK_N=block_n, BLOCK_C=block_c, WIDE_OFFSETS=wide, num_warps=8, num_stages=3)
+        BLOCK_M=GROUP, BLOCK_N=block_n, BLOCK_C=block_c, WIDE_OFFSETS=wide, PAGES=counts.shape[-1], num_warps=8,
+        num_stages=3)
     return out
 
 

@@ -125,30 +125,50 @@ def inputs(Nq, Nk, D, dtype=torch.float32, B=2, H=2, strided=True):
     return one(Nq), one(Nk), one(Nk)
 
 
-def random_columns(Nq, Nk, lead=(2, 2)):
-    """Ragged lists: the first empty, the last full, garbage as padding. -> columns (*lead, G, K), counts (*lead, G)"""
-    G = -(-Nq // sk.GROUP)
-    n_lists = math.prod(lead) * G
-    lengths = np.random.default_rng(0).integers(0, Nk + 1, n_lists)
-    lengths[0], lengths[-1] = 0, Nk
-    columns = torch.full((n_lists, Nk + 3), -(2 ** 30), dtype=torch.int32)
-    for i, n in enumerate(lengths):
-        columns[i, :n] = torch.randperm(Nk)[:n].sort().values
-    counts = torch.from_numpy(lengths).to(torch.int32)
-    return columns.view(*lead, G, -1).to(DEVICE), counts.view(*lead, G).to(DEVICE)
+def pack(lists, Nk, K, shape):
+    """Lists of columns, as sparse_kernels stores them, with garbage as padding. -> columns (*shape, K), counts
+    (*shape, P)"""
+    columns = np.full((len(lists), K), 65_535, dtype=np.uint16)
+    pages = -(-Nk // 65_536)
+    counts = np.zeros((len(lists), pages), dtype=np.int32)
+    for i, one in enumerate(lists):
+        columns[i, :len(one)] = [j % 65_536 for j in one]
+        counts[i] = [sum(j < 65_536 * (p + 1) for j in one) for p in range(pages)]
+    return (torch.from_numpy(columns).view(*shape, K).to(DEVICE),
+            torch.from_numpy(counts).view(*shape, pages).to(DEVICE))
+
+
+def unpack(columns, counts):
+    """Yield where each list stands, and the list."""
+    for at in np.ndindex(*counts.shape[:-1]):
+        start, one = 0, []
+        for page, end in enumerate(counts[at].tolist()):
+            one += [j + 65_536 * page for j in columns[at][start:end].tolist()]
+            start = end
+        yield at, one
+
+
+def random_columns(Nq, Nk, lead=(2, 2), most=None):
+    """Ragged lists: the first empty, the last full (or with `most` columns), garbage as padding.
+    -> columns (*lead, G, K), counts (*lead, G, P)"""
+    G, most = -(-Nq // sk.GROUP), most or Nk
+    lengths = np.random.default_rng(0).integers(0, most + 1, math.prod(lead) * G)
+    lengths[0], lengths[-1] = 0, most
+    lists = [torch.randperm(Nk)[:n].sort().values.tolist() for n in lengths]
+    return pack(lists, Nk, most + 3, (*lead, G))
 
 
 def all_columns(Nq, Nk, lead=(2, 2)):
-    """Every group keeps every column. -> columns (*lead, G, Nk), counts (*lead, G)"""
-    counts = torch.full((*lead, -(-Nq // sk.GROUP)), Nk, dtype=torch.int32, device=DEVICE)
-    return torch.arange(Nk, dtype=torch.int32, device=DEVICE).expand(*counts.shape, Nk), counts
+    """Every group keeps every column. -> columns (*lead, G, Nk), counts (*lead, G, P)"""
+    G = -(-Nq // sk.GROUP)
+    return pack([range(Nk)] * (math.prod(lead) * G), Nk, Nk, (*lead, G))
 
 
 def mask_of(columns, counts, Nq, Nk):
     """Column lists -> bool (..., Nq, Nk): which columns may each row use?"""
-    mask = torch.zeros(*counts.shape, Nk, dtype=torch.bool)
-    for at in np.ndindex(*counts.shape):
-        mask[at][columns[at][:counts[at]].long().cpu()] = True
+    mask = torch.zeros(*counts.shape[:-1], Nk, dtype=torch.bool)
+    for at, listed in unpack(columns, counts):
+        mask[at][listed] = True
     return mask.repeat_interleave(sk.GROUP, -2)[..., :Nq, :].to(DEVICE)
 
 
@@ -298,7 +318,7 @@ def test_adding_columns_is_finite_at_the_edges(run_sparse):
     q, k, v = inputs(130, 61, 16)
     columns, full = all_columns(130, 61)
     counts = full.clone()
-    counts[..., 0] = 0                                                      # one empty list, one full
+    counts[:, :, 0] = 0                                                     # one empty list, one full
     rest = torch.randn_like(q)
     o_S = sk.column_sparse_attention(q, k, v, columns, counts)[0]
     nothing = torch.full(q.shape[:3], -torch.inf, device=DEVICE)
@@ -314,8 +334,8 @@ def test_adding_columns_is_finite_at_the_edges(run_sparse):
 
 def test_only_listed_columns_are_read(run_sparse):
     q, k, v = inputs(130, 200, 64)
-    columns, counts = random_columns(130, 199)
-    columns, counts = columns + 1, counts.clamp(max=50)                     # not even column 0
+    lists = [[j + 1 for j in listed[:50]] for _, listed in unpack(*random_columns(130, 199))]  # not even column 0
+    columns, counts = pack(lists, 200, 60, (2, 2, 2))
     want = run_sparse(q, k, v, columns, counts, None, None, "none")
     used = mask_of(columns, counts, 130, 200).any(2)                        # (B, H, Nk)
     assert not used[..., 0].any()
@@ -333,7 +353,7 @@ def test_offsets_go_beyond_32_bits():
     for x, y in zip(far, near, strict=True):
         x.copy_(y)
     columns, counts = random_columns(N, N, lead=(1, 1))
-    assert counts[0, 0, 1] == N
+    assert counts[0, 0, 1, -1] == N
     for x, y in zip(sk.attention_triton(*far[:3]), sk.attention_triton(*near[:3]), strict=True):
         assert torch.equal(x, y)
     got, want = (sk.column_sparse_attention_triton(q, k, v, columns, counts, o, None, "split")[0]
@@ -408,7 +428,8 @@ choices = pytest.mark.parametrize("values, static_kind, G, N, keep, share", [
     ("ties", "none", 2, 61, 0.0, 0.2), ("float32", "per group", 2, 61, 0.0, 0.0), ("equal", "none", 1, 1, 0.0, 0.0),
     ("float32", "none", 2, 61, 0.1, 1.0), ("bfloat16", "per group", 2, 130, 0.2, 0.1),
     ("float16", "none", 2, 300, 0.1, 0.0), ("bfloat16", "none", 1, 17000, 0.07, 0.01),
-    ("misleading", "none", 1, 16400, 0.165, 0.0),
+    ("misleading", "none", 1, 16400, 0.165, 0.0), ("float32", "none", 2, 65_536, 0.01, 0.0),
+    ("bfloat16", "all groups", 2, 65_537, 0.01, 0.0), ("float32", "none", 1, 131_100, 0.001, 0.001),
     ("float32", "none", 2, 61, 0.01, 0.0), ("bfloat16", "none", 1, 5000, 0.0001, 0.0)])   # 1 column: Triton's constant
 
 
@@ -416,8 +437,9 @@ choices = pytest.mark.parametrize("values, static_kind, G, N, keep, share", [
 def test_chosen_columns_are_the_largest_the_random_and_the_static(values, static_kind, G, N, keep, share):
     mass, (static, most) = masses(values, G, N), statics(static_kind, G, N)
     columns, counts = sk.choose_columns(mass, keep, share, static, 7)
+    assert columns.dtype == torch.uint16 and counts.shape[-1] == math.ceil(N / 65_536)
     by_chance = sk._hash(7, torch.arange(G)[:, None], torch.arange(N)) < share * 2 ** 24
-    for at in np.ndindex(*counts.shape):
+    for at, listed in unpack(columns, counts):
         want = set(by_chance[at[-1]].nonzero()[:, 0].tolist())
         if static is not None:
             want |= set(static.expand(G, N)[at[-1]].nonzero()[:, 0].tolist())
@@ -427,8 +449,8 @@ def test_chosen_columns_are_the_largest_the_random_and_the_static(values, static
         above = {j for j in range(N) if mass[at][j] > least} if top else set()
         tied = [j for j in range(N) if mass[at][j] == least and j not in want] if top else []
         want |= above | set(tied[:top - len(above)])
-        assert columns[at][:counts[at]].tolist() == sorted(want)
-        assert not columns[at][counts[at]:].any()
+        assert listed == sorted(want)
+        assert not columns[at][len(listed):].any()
     assert same(sk.choose_columns(mass, keep, share, static, 7, most)[0], columns)
 
 
@@ -450,7 +472,7 @@ def test_random_columns_are_random():
     again, _ = sk.choose_columns(mass, 0.0, share, None, 4)
     assert same(columns[0, 0], columns[0, 1]) and not torch.equal(columns, again)
     sigma = (N * share * (1 - share)) ** 0.5
-    assert ((counts - N * share).abs() < 5 * sigma).all()
+    assert ((counts - N * share).abs() < 5 * sigma).all() and counts.shape[-1] == 1
     assert abs(counts[0, 0].double().mean().item() - N * share) < 5 * sigma / G ** 0.5
     picked = mask_of(columns[:, :1], counts[:, :1], G * sk.GROUP, N)[0, 0, ::sk.GROUP].double()    # (G, N)
     per_column = picked.sum(0)                                              # binomial: no column is favoured
@@ -465,7 +487,7 @@ def test_too_small_a_capacity_is_not_overrun(run):
     static[0] = True
     columns, counts = run(torch.rand(1, 1, 2, 200, device=DEVICE), 0.0, 0.0, static, 0, 32)
     assert columns.shape[-1] == 32 and counts.flatten().tolist() == [32, 0]
-    assert torch.equal(columns[0, 0, 0].cpu(), torch.arange(32, dtype=torch.int32)) and not columns[0, 0, 1].any()
+    assert columns[0, 0, 0].tolist() == list(range(32)) and not columns[0, 0, 1].any()
 
 # ---------------------------------------------------------------------------------------------------------
 # Kernels: the MLP
@@ -500,10 +522,10 @@ def test_mlp_changes_by_what_its_listed_columns_change(poison, kind, dtype, M, C
     delta = op("sparse_mlp_fc1", kind)(x, w1, b1 if bias else None, columns, counts, act)      # (B, G, K, 128)
     assert_close(act, torch.where(mask, gelu, old_act))
     assert torch.equal(act[~mask], old_act[~mask]) and not torch.equal(act, old_act)
-    for b, g in np.ndindex(*counts.shape):
-        n, rows = counts[b, g], slice(g * 128, (g + 1) * 128)
+    for (b, g), listed in unpack(columns, counts):
+        n, rows = len(listed), slice(g * 128, (g + 1) * 128)
         changed = act[b, :, rows].double() - old_act[b, :, rows].double()   # delta is what act really changed by
-        assert torch.equal(delta[b, g, :n, :changed.shape[1]], changed[columns[b, g, :n].long()].to(dtype))
+        assert torch.equal(delta[b, g, :n, :changed.shape[1]], changed[listed].to(dtype))
         assert not delta[b, g, n:].any() and not delta[b, g, :, changed.shape[1]:].any()
 
     assert op("sparse_mlp_fc2", kind)(delta, w2t, columns, counts, out) is out
@@ -515,14 +537,55 @@ def test_mlp_changes_by_what_its_listed_columns_change(poison, kind, dtype, M, C
 def test_mlp_kernels_read_only_listed_weights():
     M, C, hidden = 130, 48, 200
     x, w1, b1, w2t = mlp_inputs(M, C, hidden, torch.float32)
-    columns, counts = random_columns(M, hidden - 1, lead=(2,))
-    columns, counts = columns + 1, counts.clamp(max=50)                     # not even column 0
+    lists = [[j + 1 for j in listed[:50]] for _, listed in unpack(*random_columns(M, hidden - 1, lead=(2,)))]
+    columns, counts = pack(lists, hidden, 60, (2, 2))                       # not even column 0
     used = mask_of(columns, counts, M, hidden).any(1).any(0)                # (hidden,)
     assert not used[0]
     w1[~used], b1[~used], w2t[~used] = float("nan"), float("nan"), float("nan")
     delta = sk.sparse_mlp_fc1_triton(x, w1, b1, columns, counts, torch.zeros(2, hidden, M, device=DEVICE))
     out = sk.sparse_mlp_fc2_triton(delta, w2t, columns, counts, torch.zeros(2, M, C, device=DEVICE))
     assert delta.isfinite().all() and out.isfinite().all() and out.any()
+
+# ---------------------------------------------------------------------------------------------------------
+# Kernels: more columns than 16 bits tell apart
+
+EDGES = [65_534, 65_535, 65_536, 65_537, 131_071, 131_072, 131_073]         # of pages
+
+
+@pytest.mark.parametrize("N", [65_536, 65_537, 131_074])                    # one, two and three pages
+@pytest.mark.parametrize("kind", ["definition", pytest.param("triton", marks=needs_kernels)])
+def test_lists_go_beyond_16_bits(kind, N):
+    """As with the listed columns alone, side by side."""
+    def assert_same(got, want):                                             # definitions may round otherwise
+        torch.testing.assert_close(got, want, atol=0 if kind == "triton" else 1e-5, rtol=0)
+    one = sorted({*range(0, N, 997), *[j for j in EDGES if j < N]})
+    empty, last, first = [], [N - 1], list(range(70))                       # a full tile, and 6 more
+    lists = [one, empty, last, first]
+    columns, counts = pack(lists, N, len(one) + 3, (1, 4, 1))               # (1, 4, 1, K)
+    q, k, v = inputs(20, N, 16, B=1, H=4)
+    o, lse = op("column_sparse_attention", kind)(q, k, v, columns, counts)
+    for head, listed in enumerate(lists):
+        alone, alone_counts = pack([range(len(listed))], len(one), columns.shape[-1], (1, 1, 1))
+        q_1, k_1, v_1 = q[:, head:head + 1], k[:, head:head + 1, listed], v[:, head:head + 1, listed]
+        padded = (F.pad(x, (0, 0, 0, 1)) for x in (k_1, v_1))               # an empty list also has a column
+        want, want_lse = op("column_sparse_attention", kind)(q_1, *padded, alone, alone_counts)
+        assert_same((o[:, head:head + 1], lse[:, head:head + 1]), (want, want_lse))
+    listed = sk.count_unlisted(columns, counts, N)                          # (1, 4, 1, M)
+    assert listed[0, 0, 0, 65_500 // 64] == 64 - sum(65_472 <= j < 65_536 for j in one)
+    assert listed.sum(-1).flatten().tolist() == [N - len(listed) for listed in lists]
+
+    lists = [one[:40] + one[-9:], one]                                      # two groups of rows
+    columns, counts = pack(lists, N, 160, (1, 2))
+    x, w1, b1, w2t = mlp_inputs(130, 16, N, torch.float32, B=1)
+    act, out = torch.randn(1, N, 130, device=DEVICE), torch.randn(1, 130, 16, device=DEVICE)
+    small_act, small_out = act[:, one].contiguous(), out.clone()
+    delta = op("sparse_mlp_fc1", kind)(x, w1, b1, columns, counts, act)
+    op("sparse_mlp_fc2", kind)(delta, w2t, columns, counts, out)
+    at = [[one.index(j) for j in listed] for listed in lists]
+    columns, counts = pack(at, len(one), 160, (1, 2))
+    want = op("sparse_mlp_fc1", kind)(x, w1[one], b1[one], columns, counts, small_act)
+    op("sparse_mlp_fc2", kind)(want, w2t[one], columns, counts, small_out)
+    assert_same((delta, act[:, one], out), (want, small_act, small_out))
 
 # ---------------------------------------------------------------------------------------------------------
 # Kernels: registration, errors
@@ -2707,7 +2770,7 @@ for case in sys.argv[1:]:
     arch = int(arch)
     torch.set_default_dtype(getattr(torch, dtype))
     q, lse, static = empty(1, 24, 4096, 128), empty(1, 24, 4096, dtype=torch.float32), empty(4096, dtype=torch.bool)
-    columns, counts = empty(1, 24, 32, 704, dtype=torch.int32), empty(1, 24, 32, dtype=torch.int32)
+    columns, counts = empty(1, 24, 32, 704, dtype=torch.uint16), empty(1, 24, 32, 2, dtype=torch.int32)
     mean, unlisted = empty(1, 24, 64, 128), empty(1, 24, 32, 64, dtype=torch.uint8)
     x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
     sk.attention_triton(q, q, q)

@@ -131,6 +131,11 @@ class LayerState:
     out: torch.Tensor = None         # (B, M, C) W2 act + b2
     mlp_columns: torch.Tensor = None # (B, G, K) uint16
     mlp_counts: torch.Tensor = None  # (B, G, P) int32
+    homes: dict | None = None        # {name: host tensor}, for those of FOR_SPARSE that live on the host (offload.py)
+
+
+FOR_SPARSE = ("columns", "counts", "o_rest", "lse_rest", "unlisted", "act", "out", "mlp_columns", "mlp_counts")
+CHANGED = ("act", "out")             # of these, which only sparse steps read, what they update in place
 
 
 @dataclass
@@ -139,6 +144,7 @@ class ModelState:
     layers: list                     # LayerState, or None for a layer that is always dense
     extrapolate: bool                # Sparsity's
     past: tuple = ()                 # the last computed step, or two: (its number, (B, N, C) before the final layer)
+    memory: object = None            # offload.HostMemory, if some layers' caches live on the host
 
     def remember(self, step, hidden):
         """What went into the final layer at a computed step."""

@@ -27,6 +27,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ import cli
 import media
 import parallel
 from cache import Sparsity, between, chipmunk_attention, chipmunk_mlp, make_plan, make_state, until_sparse
+from offload import visit
 from parallel import Ranks, gather_heads, gather_rows, scatter_heads
 from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
@@ -354,18 +356,18 @@ class Flux(nn.Module):
         return gather_rows(layout.single_ranks, out, text.shape[1], x.shape[1])[:, layout.inverse]
 
     def blocks(self, x, text, vec, layout, state, step):
-        layers = state.layers if state else [None] * (len(self.double_blocks) + len(self.single_blocks))
         img = self.img_in(x)[:, layout.order]                        # (B, N, C)
         txt = self.txt_in(text)                                      # (B, T, C)
         txt, img = parallel.own_rows(layout.ranks, txt, img)
-        for block, layer_state in zip(self.double_blocks, layers):
+        blocks = visit([*self.double_blocks, *self.single_blocks], state, step, x.device)
+        for block, layer_state in islice(blocks, len(self.double_blocks)):
             txt, img = block(txt, img, vec, layout.rope, layer_state, step, layout.ranks)
         if layout.ranks != layout.single_ranks:                      # cut elsewhere from now on
             txt = gather_rows(layout.ranks, txt, 0, text.shape[1])                   # (B, T, C)
             img = gather_rows(layout.ranks, img, text.shape[1], len(layout.order))   # (B, N, C)
             txt, img = parallel.own_rows(layout.single_ranks, txt, img)
         x = torch.cat([txt, img], dim=1)                             # (B, T + N, C)
-        for block, layer_state in zip(self.single_blocks, layers[len(self.double_blocks):]):
+        for block, layer_state in blocks:
             x = block(x, vec, layout.rope, layer_state, step, layout.single_ranks)
         return x[:, txt.shape[1]:]
 

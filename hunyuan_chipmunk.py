@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import math
 import time
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ import cli
 import media
 import parallel
 from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
+from offload import visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
@@ -415,18 +416,17 @@ class Hunyuan(nn.Module):
         return unpatchify(out, layout.grid)
 
     def blocks(self, x, t, text, vec, layout, mask, state, step):
-        n_layers = len(self.transformer_blocks) + len(self.single_transformer_blocks)
-        layers = state.layers if state else [None] * n_layers
         video = self.x_embedder.proj(x).flatten(2).transpose(1, 2)[:, layout.order]      # (B, N, C)
         text = self.context_embedder(text, t, mask)                  # (B, T, C)
         n = video.shape[1]
         if mask is not None:                                         # of columns: nothing attends to padding
             mask = F.pad(mask, (n, 0), value=True)[:, None, None]    # (B, 1, 1, N + T)
         video, text = own_rows(layout.ranks, video, text)
-        for block, layer_state in zip(self.transformer_blocks, layers):
+        blocks = visit([*self.transformer_blocks, *self.single_transformer_blocks], state, step, x.device)
+        for block, layer_state in islice(blocks, len(self.transformer_blocks)):
             video, text = block(video, text, vec, layout.rope, mask, layer_state, step, n, layout.ranks)
         x = torch.cat([video, text], dim=1)                          # (B, N + T, C)
-        for block, layer_state in zip(self.single_transformer_blocks, layers[len(self.transformer_blocks):]):
+        for block, layer_state in blocks:
             x = block(x, vec, layout.rope, mask, layer_state, step, n, layout.ranks)
         return x[:, :video.shape[1]]
 

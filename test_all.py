@@ -42,6 +42,7 @@ import cli
 import flux_chipmunk
 import hunyuan_chipmunk
 import media
+import offload
 import parallel
 import scenes
 import sparse_kernels as sk
@@ -790,16 +791,21 @@ def run_steps(name, sparsity, grid, text_length, steps, change=True):
     return pairs, state
 
 
-def sample_small(name, model, grid, sparsity, texts=None, steps=6):
-    """A whole generation. texts: Wan's two, the same by default. -> latents, list of states"""
+def sample_small(name, model, grid, sparsity, texts=None, steps=6, resident=None):
+    """A whole generation. texts: Wan's two, the same by default. resident: how many layers' caches stay on the GPU, if
+    not all do. -> latents, list of states"""
     given, plan = model_inputs(name, grid), make_plan(steps, sparsity)
     x, layout = given["x"], given["layout"]
+    states = [fresh_state(model, sparsity, layout) for _ in range(2 if name == "wan" else 1)]
+    if resident is not None:
+        for state in states:
+            offload.move_caches(state, resident, torch.device(DEVICE))
     if name == "wan":
-        states = [fresh_state(model, sparsity, layout) for _ in range(2)]
         texts, schedule = texts or (given["text"], given["text"]), wan_chipmunk.make_schedule(steps, 5.0)
         return wan_chipmunk.sample(model, x, texts, 4.0, schedule, layout, plan, states), states
-    state, sigmas = fresh_state(model, sparsity, layout), torch.linspace(1, 0, steps + 1)
-    return PROGRAMS[name].sample(model, x, given["text"], given["pooled"], 4.0, sigmas, layout, plan, state), [state]
+    sigmas = torch.linspace(1, 0, steps + 1)
+    x = PROGRAMS[name].sample(model, x, given["text"], given["pooled"], 4.0, sigmas, layout, plan, *states)
+    return x, states
 
 # ---------------------------------------------------------------------------------------------------------
 # The method: deltas against dense
@@ -1024,6 +1030,91 @@ def test_blocks_compile_without_a_graph_break(kind, delta):
     assert ours.attn_work == theirs.attn_work > 0
     # dense, measure, sparse; measure and the MLP's choice once more when the step's number becomes a variable
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+# ---------------------------------------------------------------------------------------------------------
+# The method: caches and weights that live on the host
+
+
+def test_what_is_needed_from_the_host_comes_a_layer_ahead():
+    assert offload.ahead([False, False, True, True, False, True]) == [[2], [], [3], [5], [], []]
+    assert offload.ahead([True, True, True]) == [[0, 1], [2], []] and offload.ahead([True]) == [[0]]
+    assert offload.ahead([False, False]) == [[], []] and offload.ahead([]) == []
+    for n in range(1, 8):
+        assert [sum(offload.evenly(n, some)) for some in range(n + 1)] == list(range(n + 1))
+    assert offload.evenly(6, 2) == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("mode, schedule", [
+    ("dense", "0 1 2 3 4"), ("measure", "0 1 1>all 2 3 3>all 4"), ("sparse", ">1 0 >3 1 1>mlp 2 3 3>mlp 4")])
+def test_each_kind_of_step_copies_what_it_must(monkeypatch, mode, schedule):
+    """Of five layers 0 is dense, and 1 and 3 live on the host. >3: what layer 3 needs starts to come; 3: it computes;
+    3>all, 3>mlp: what it remembers starts to leave, or its MLP's part alone."""
+    device, said = torch.device(DEVICE), []
+    state = make_state(5, Sparsity(dense_layers=1), 256, None, 0, DEVICE)
+    offload.move_caches(state, 2, device)
+    words = {(): "", offload.FOR_SPARSE: "all", offload.CHANGED: "mlp"}
+
+    class Watched(offload.Lane):
+        def copy(self, pairs):
+            for i in (1, 3):
+                homes = state.layers[i].homes.items()
+                coming = tuple(name for name, home in homes if any(home is source for source, _ in pairs))
+                leaving = tuple(name for name, home in homes if any(home is target for _, target in pairs))
+                said.extend([f">{i}"] * (coming == offload.FOR_SPARSE) + [f"{i}>{words[leaving]}"] * bool(leaving))
+            return super().copy(pairs)
+
+    def run(step):
+        for i, (_, layer) in enumerate(offload.visit([nn.Identity()] * 5, state, step, device)):
+            said.append(str(i))
+            if layer and step.mode == "measure":
+                for name in offload.FOR_SPARSE:
+                    setattr(layer, name, torch.zeros(4, device=device))
+    monkeypatch.setattr(offload, "Lane", Watched)
+    run(Step(1, "measure"))
+    said.clear()
+    run(Step(2, mode))
+    assert " ".join(said) == schedule
+
+
+@pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
+@pytest.mark.parametrize("resident, weights", [(0, None), (1, 1), (2, 0)])
+@each_model
+def test_where_things_live_changes_nothing(name, delta, resident, weights):
+    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=(1, 4), skip=(3,), delta=delta,
+                        dense_layers=1)
+    want, want_states = sample_small(name, random_model(name), ODD_GRID[name], sparsity, steps=7)
+    model = random_model(name)
+    if weights is not None:
+        blocks = [block for blocks in block_lists(model).values() for block in blocks]
+        offload.move_weights(model, blocks, weights, torch.device(DEVICE))
+        homes = {name: p.data_ptr() for name, p in model.named_parameters()}
+    got, states = sample_small(name, model, ODD_GRID[name], sparsity, steps=7, resident=resident)
+    assert torch.equal(got, want)
+    for state, want_state in zip(states, want_states):
+        layers = state.layers[1:]
+        assert [layer.homes is None for layer in layers] == offload.evenly(len(layers), resident)
+        for layer, want_layer in zip(layers, want_state.layers[1:]):
+            for field in offload.FOR_SPARSE:
+                ours, theirs = getattr(layer, field), getattr(want_layer, field)
+                assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours.cpu(), theirs.cpu()))
+                assert layer.homes is None or ours is layer.homes.get(field)
+    if weights is not None:                                                 # all are back home
+        assert homes == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+def test_host_memory_is_given_out_without_gaps_and_given_back():
+    memory = offload.HostMemory(CPU)
+    x, y = torch.randn(3, 5), torch.randn(7, 300).t()                       # y: column after column
+    near, far = memory.like(x), memory.like(y)
+    assert near.shape == x.shape and near.stride() == x.stride() and far.stride() == y.stride()
+    assert far.data_ptr() - near.data_ptr() == 256
+    near.copy_(x), far.copy_(y)
+    assert torch.equal(near, x) and torch.equal(far, y) and memory.total == offload.LEAST
+    large = memory.like(torch.empty(offload.LEAST, dtype=torch.uint8))      # a block of its own
+    small = memory.like(torch.empty(4, dtype=torch.uint8))                  # the first block goes on
+    assert small.data_ptr() - far.data_ptr() == math.ceil(far.nbytes / 256) * 256 and large.numel() == offload.LEAST
+    assert memory.total == 2 * offload.LEAST
+
 
 # =========================================================================================================
 # Against the published models: names, shapes, settings

@@ -40,6 +40,7 @@ import cli
 import media
 import parallel
 from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
+from offload import visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
 from sparse_kernels import GROUP
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
@@ -294,8 +295,7 @@ class Wan(nn.Module):
         x = x.float()                                                # the residual stream
         text = self.condition_embedder.text_embedder(text)                                       # (B, L, C)
         time = self.condition_embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))            # (B, 6, C)
-        layers = state.layers if state else [None] * len(self.blocks)
-        for block, layer_state in zip(self.blocks, layers):
+        for block, layer_state in visit(self.blocks, state, step, x.device):
             x = block(x, text, time, layout.rope, layer_state, step, layout.ranks)
         return x
 

@@ -1,0 +1,192 @@
+"""Where a model's weights and caches live if the GPU is too small for them: in host memory, a layer ahead of their use.
+
+    GPU computes         layer i                     layer i + 1                 layer i + 2
+    comes to the GPU     what layer i + 1 needs      what layer i + 2 needs      what layer i + 3 needs
+    leaves for the host  what layer i - 1 changed    what layer i changed        what layer i + 1 changed
+
+What only sparse steps read (cache.FOR_SPARSE) leaves at measure steps and comes at sparse ones, after which no more
+leaves than they change: the MLP's activations and output. Weights come at every step and never leave. A model asks
+`visit` for its blocks, one by one; attention and MLP do not know where anything lives.
+
+A sparse step of HunyuanVideo at 720p reads 62 GB of caches in 7 s, and PCIe 5 brings 55 GB a second: nothing waits.
+"""
+import weakref
+
+import numpy as np
+import torch
+
+from cache import CHANGED, FOR_SPARSE
+from cli import note
+
+ALIGNMENT = 256                # bytes: where pieces of host memory start
+LEAST, MOST = 2**26, 2**32     # bytes of a block of it
+
+# ---------------------------------------------------------------------------------------------------------
+# host memory
+
+
+def pin(array, device):
+    """Pin a numpy array's memory, so that the GPU copies from and to it beside its computation, until the last tensor
+    in it is gone. -> could it be pinned? torch's own pinned memory comes in powers of two and is not given back."""
+    address = array.ctypes.data
+    pinned = int(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, 0)) == 0
+
+    def unpin():
+        torch.cuda.synchronize(device)                               # a run that was broken off may still be copying
+        torch.cuda.cudart().cudaHostUnregister(address)
+    if pinned:
+        weakref.finalize(array, unpin).atexit = False
+    return pinned
+
+
+class HostMemory:
+    """Host memory for tensors, in few large blocks, pinned if there is a GPU. A block goes back to the system with the
+    last tensor in it."""
+
+    def __init__(self, device):
+        self.device, self.total, self.pinned = device, 0, device.type == "cuda"
+        self.free = []                                               # what is left of every block, (bytes,) uint8 each
+
+    def like(self, x):
+        """A tensor of x's shape, strides and dtype here, without values."""
+        size = -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+        i = next((i for i, left in enumerate(self.free) if len(left) >= size), len(self.free))
+        if i == len(self.free):
+            self.free.append(self.new_block(max(size, LEAST, min(self.total, MOST))))
+        piece, self.free[i] = self.free[i].split([size, len(self.free[i]) - size])
+        strides = torch.empty_like(x, device="meta").stride()        # x's own, unless it has gaps
+        return piece[:x.nbytes].view(x.dtype).as_strided(x.shape, strides)
+
+    def new_block(self, size):
+        array = np.empty(size, dtype=np.uint8)                       # in huge pages if there are, which pin faster
+        self.total += size
+        if self.pinned and not pin(array, self.device):
+            self.pinned = False
+            note(f"the system pins no more memory, {self.total / 1e9:.1f} GB in all (ulimit -l?): copies will be slow")
+        return torch.from_numpy(array)
+
+
+def evenly(n, some):
+    """Which `some` of n, evenly spread. -> [bool]"""
+    return [(i + 1) * some // n > i * some // n for i in range(n)]
+
+
+def move_caches(state, resident, device):
+    """Let a fresh ModelState's layers keep on the host what only sparse steps read, but for `resident` of them."""
+    own = [layer for layer in state.layers if layer is not None]
+    state.memory = HostMemory(device)
+    for layer, stays in zip(own, evenly(len(own), resident)):
+        layer.homes = None if stays else {}
+
+
+def move_weights(model, blocks, resident, device):
+    """Move a model to the GPU, but all of its blocks except for `resident` ones to host memory."""
+    memory = HostMemory(device)
+    for block, stays in zip(blocks, evenly(len(blocks), resident)):
+        block.on_host = not stays
+        for p in block.parameters():
+            p.data = p.data.to(device) if stays else memory.like(p).copy_(p.data)
+    away = {p for block in blocks if block.on_host for p in block.parameters()}
+    for p in model.parameters():
+        if p not in away:
+            p.data = p.data.to(device)
+
+# ---------------------------------------------------------------------------------------------------------
+# the way there and back
+
+
+def ahead(needs):
+    """The schedule of what comes. needs [bool]: does a layer need anything from the host? -> for every layer, the
+    layers for which copies start as it starts: the next one in need; with the first layer, also the first in need."""
+    needy = [i for i, need in enumerate(needs) if need]
+    starts = [[] for _ in needs]
+    for earlier, later in zip([0, *needy], needy):
+        starts[earlier].append(later)
+    return starts
+
+
+class Lane:
+    """Copies in one direction, one after the other, beside the GPU's computation. On a CPU they are done at once."""
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, pairs):
+        """Copy source to target for pairs of them. -> the event that they are done; None on a CPU"""
+        if self.stream is None:
+            for source, target in pairs:
+                target.copy_(source)
+            return None
+        # All that the GPU was told to compute comes first: it makes what leaves; and memory for what comes may still
+        # be in use by what was computed there before.
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+        return self.stream.record_event()
+
+    def join(self):
+        """Whatever the GPU computes from here on waits for all copies."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
+def wait(event):
+    """Whatever the GPU computes from here on waits for these copies."""
+    if event is not None:
+        torch.cuda.current_stream().wait_event(event)
+
+
+def visit(blocks, state, step, device):
+    """Yield every block and its LayerState (None: always dense), in order, with all that this step needs of them on
+    `device`. What the last layer changed leaves when it is asked for more: iterate to the end."""
+    layers = state.layers if state else [None] * len(blocks)
+    mode = step.mode if step else "dense"
+    leaves = {"measure": FOR_SPARSE, "sparse": CHANGED}.get(mode, ())
+    weights = [list(block.parameters()) if getattr(block, "on_host", False) else [] for block in blocks]
+    caches = [layer.homes if layer and mode == "sparse" else None for layer in layers]
+    starts = ahead([bool(w or c) for w, c in zip(weights, caches)])
+    incoming, outgoing = Lane(device), Lane(device)
+    arrived, kept, left, changed = {}, {}, None, []
+    try:
+        for i, layer in enumerate(layers):
+            for j in starts[i]:
+                kept[j] = [p.data for p in weights[j]]               # the weights' home
+                pairs = [(home, torch.empty_like(home, device=device)) for home in kept[j]]
+                for p, (_, here) in zip(weights[j], pairs):
+                    p.data = here
+                for name, home in (caches[j] or {}).items():
+                    pairs.append((home, torch.empty_like(home, device=device)))
+                    setattr(layers[j], name, pairs[-1][1])
+                arrived[j] = incoming.copy(pairs)
+            wait(arrived.pop(i, None))
+            yield blocks[i], layer
+
+            # What is let go of here the GPU may use anew for what it computes next, which comes after what it was told
+            # to compute so far. Copies are not in this order: hence `changed` holds what leaves until it is waited for.
+            for p, home in zip(weights[i], kept.pop(i, ())):
+                p.data = home
+            if layer is None or layer.homes is None:
+                continue
+            wait(left)                                               # so at most two layers' changes are on the GPU
+            changed = send_home(layer, leaves, state.memory)
+            left = outgoing.copy(changed)
+    finally:                                                         # also if the step was broken off
+        incoming.join()
+        outgoing.join()
+
+
+def send_home(layer, leaves, memory):
+    """Point a layer to the home of what only sparse steps read. -> [(tensor on the GPU, home)] of those that `leaves`
+    names, which are to be copied"""
+    changed = []
+    for name in FOR_SPARSE:
+        here = getattr(layer, name)
+        if here is None:
+            continue
+        if name not in layer.homes:
+            layer.homes[name] = memory.like(here)
+        if name in leaves:
+            changed.append((here, layer.homes[name]))
+        setattr(layer, name, layer.homes[name])
+    return changed

@@ -193,6 +193,7 @@ def chipmunk_attention(q, k, v, layer_state, step):
             mass[..., :n] *= (v[:, :, :n] - mean).norm(dim=-1)[:, :, None]       # (B, H, G, n)
         s.columns, s.counts = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step),
                                              s.static_most)
+        del mass                                                     # (B, H, G, Nk) is large
         if sparsity.delta == "pooled":
             s.unlisted = count_unlisted(s.columns, s.counts, s.pooled_columns)   # (B, H, G, M)
         lse = s.lse if sparsity.delta == "mass" else None

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cache import LayerState, Step, chipmunk_attention, chipmunk_mlp
 from cli import Fail, out_of_memory
 
 # Tensors that some exports carry twice or that are no weights; every other name must be the model's.
@@ -270,26 +269,25 @@ def load_weights(make_model, files, device, dtype, float32=(), layout=as_named):
 # memory
 
 
-def check_memory(make_model, dtype, device, caches=0):
-    """Raises Fail, before anything is downloaded, if a model's weights and `caches` bytes do not fit."""
+def check_memory(make_model, dtype, device):
+    """Raises Fail, before anything is downloaded, if a model's weights do not fit."""
     with torch.device("meta"):
         weights = sum(p.numel() for p in make_model().parameters()) * dtype.itemsize
     free = free_memory(device)
-    if weights + caches <= free:
+    if weights <= free:
         return
-    advice = "--model tiny or a larger machine"
-    if weights < free:
-        advice = "--dense (no caches)"
-    elif dtype == torch.float32:
-        advice = "--dtype bfloat16"
-    raise Fail(f"{device} has {free / 1e9:.2f} GB free, but this needs {(weights + caches) / 1e9:.2f} GB "
-               f"({weights / 1e9:.2f} of weights, {caches / 1e9:.2f} of caches); {advice} helps")
+    advice = "--dtype bfloat16" if dtype == torch.float32 else "--model tiny or a larger machine"
+    raise Fail(f"{device} has {free / 1e9:.2f} GB free, but this needs {weights / 1e9:.2f} GB of weights; "
+               f"{advice} helps")
 
 
 def free_memory(device):
     """Bytes that can be allocated on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - used            # what torch keeps for its next tensors
+        return min(free, int(torch.cuda.get_per_process_memory_fraction(device) * total) - used)
     return min(psutil.virtual_memory().available, cgroup_memory())
 
 
@@ -317,25 +315,3 @@ def cgroup_memory(root=Path("/")):
                     break
                 group = group.parent
     return free
-
-
-def layer_bytes(sparsity, heads, head_dim, rows, columns, static_most, dtype, mlp_rows=0):
-    """What Chipmunk remembers for one layer of a model, found by running its kinds of steps on tensors without data.
-    rows of attention see `columns`, static_most of them always; mlp_rows: of an MLP (FLUX's, four times as wide)."""
-    def empty(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-    if sparsity.delta == "none":
-        return 0
-    static, dim = empty(columns, dtype=torch.bool), heads * head_dim
-    layer = LayerState(sparsity, columns, static, static_most, 0, empty(()), empty(()))
-    q, k = empty(1, heads, rows, head_dim), empty(1, heads, columns, head_dim)
-    for step in Step(0, "dense"), Step(1, "measure"), Step(2, "sparse"):
-        chipmunk_attention(q, k, k, layer, step)
-        if mlp_rows and sparsity.mlp_keep:
-            chipmunk_mlp(empty(1, mlp_rows, dim), empty(4 * dim, dim), None, empty(dim, 4 * dim), None, layer, step)
-    return remembered_bytes(layer)
-
-
-def remembered_bytes(layer_state):
-    """Bytes of the tensors in a LayerState, without those that layers share."""
-    return sum(value.nbytes for name, value in vars(layer_state).items() if torch.is_tensor(value) and name != "static")

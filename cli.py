@@ -23,6 +23,7 @@ from sparse_kernels import NO_KERNEL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DELTAS = ("pooled", "mass", "paper", "none")
+OFFLOADS = ("none", "caches", "all")
 RANGES = {"width": (int, 64, 2048), "height": (int, 64, 2048), "frames": (int, 1, 1001), "fps": (int, 1, 120),
           "steps": (int, 1, 1000), "guidance": (float, 0, 100), "seed": (int, 0, 2**63 - 1)}
 
@@ -160,6 +161,7 @@ class Settings:
     sparsity: Sparsity | None = None     # that in detail, instead of a preset; None after fill: nothing is cached
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
+    offload: str | None = None           # "none" | "caches" | "all" live on the host; None, also after fill: what must
 
 
 def fill(settings, configs):
@@ -198,6 +200,8 @@ def fill(settings, configs):
         dtype = DTYPES.get(dtype, dtype)
     if dtype not in DTYPES.values():
         raise Fail(f"no dtype {dtype!r} to compute in; choose from {', '.join(DTYPES)}")
+    if settings.offload not in (None, *OFFLOADS):
+        raise Fail(f"cannot offload {settings.offload!r}; choose from {', '.join(OFFLOADS)}")
     if device.type == "cuda":
         check_capability(torch.cuda.get_device_capability(device), dtype, sparsity)
     return replace(settings, width=round_size("width", settings.width), height=round_size("height", settings.height),
@@ -361,6 +365,8 @@ def make_parser(doc, configs, video=False):
     add("--out", type=Path, help=f"file to write{kinds}, replaced if it is there (default: a new name in this folder)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="default: bfloat16; float32 for tiny on a CPU")
+    add("--offload", choices=OFFLOADS,
+        help="what lives in host memory: nothing, Chipmunk's caches, or weights too (default: what must)")
 
     chipmunk = parser.add_argument_group("Chipmunk", "what to recompute, and when (defaults: the model's preset)")
     add = chipmunk.add_argument
@@ -377,28 +383,30 @@ def make_parser(doc, configs, video=False):
         help="choose attention columns anew every N steps, or at the listed steps (1,2,4,7; a single one: 5,)")
     add("--skip-steps", type=skip_steps, metavar="LIST",
         help="step caching: these steps rerun only the final layer; a list, or none")
-    add("--show-plan", action="store_true", help="print what every step does, then stop")
+    add("--show-plan", action="store_true", help="print what every step does and the memory it takes, then stop")
     return parser, chipmunk
 
 
-def parse(parser, configs):
+def parse(parser, configs, show_need):
     """Read and check the command line -> its flags (argparse.Namespace), and the filled Settings that they make.
-    --show-plan prints the plan and ends the program. Raises Fail for what cannot be done."""
+    --show-plan prints the plan, calls show_need(settings) and ends the program. Raises Fail for what cannot be done."""
     args = parser.parse_args()
     config = configs[args.model]
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
     steps = args.steps or config.steps
     sparsity = chosen_sparsity(args, config, steps)
     plan = make_plan(steps, sparsity)
+    settings = Settings(**given | {"dense": sparsity is None}, sparsity=sparsity)
     if args.show_plan:
         show_plan(plan)
+        show_need(fill(settings, configs))
         sys.exit()
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
     if sparsity is None and args.compare:
         raise Fail(f"nothing to compare: in {steps} steps preset {args.preset} is the dense model; take more --steps")
     note_idle_flags(args, plan)
-    return args, fill(Settings(**given | {"dense": sparsity is None}, sparsity=sparsity), configs)
+    return args, fill(settings, configs)
 
 
 def chosen_sparsity(args, config, steps):

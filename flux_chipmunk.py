@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import math
 import re
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -39,9 +38,10 @@ from tqdm import tqdm
 import checkpoints
 import cli
 import media
+import memory
 import parallel
 from cache import Sparsity, between, chipmunk_attention, chipmunk_mlp, make_plan, make_state, until_sparse
-from offload import visit
+from offload import move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, scatter_heads
 from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
@@ -355,11 +355,15 @@ class Flux(nn.Module):
         out = self.final_layer(hidden, vec)                          # (B, N, channels)
         return gather_rows(layout.single_ranks, out, text.shape[1], x.shape[1])[:, layout.inverse]
 
+    @property
+    def all_blocks(self):
+        return [*self.double_blocks, *self.single_blocks]
+
     def blocks(self, x, text, vec, layout, state, step):
         img = self.img_in(x)[:, layout.order]                        # (B, N, C)
         txt = self.txt_in(text)                                      # (B, T, C)
         txt, img = parallel.own_rows(layout.ranks, txt, img)
-        blocks = visit([*self.double_blocks, *self.single_blocks], state, step, x.device)
+        blocks = visit(self.all_blocks, state, step, x.device)
         for block, layer_state in islice(blocks, len(self.double_blocks)):
             txt, img = block(txt, img, vec, layout.rope, layer_state, step, layout.ranks)
         if layout.ranks != layout.single_ranks:                      # cut elsewhere from now on
@@ -623,15 +627,16 @@ def autoencoder_layout(levels):
 
 
 def generate(prompt, *, model="tiny", weights=None, width=None, height=None, steps=None, guidance=None, seed=0,
-             preset="balanced", sparsity=None, dense=False, device=None, dtype=None):
+             preset="balanced", sparsity=None, dense=False, device=None, dtype=None, offload=None):
     """Draw a prompt -> PIL image.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. preset: "quality",
     "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute everything. device:
-    "cpu", "cuda", ... dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail for what cannot be
-    done."""
+    "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all" (weights, too) live on the
+    host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be done."""
     settings = cli.Settings(model=model, weights=weights, width=width, height=height, steps=steps, guidance=guidance,
-                            seed=seed, preset=preset, sparsity=sparsity, dense=dense, device=device, dtype=dtype)
+                            seed=seed, preset=preset, sparsity=sparsity, dense=dense, device=device, dtype=dtype,
+                            offload=offload)
     (picture, _), = render(prompt, cli.fill(settings, CONFIGS))
     return media.to_image(picture)
 
@@ -652,7 +657,7 @@ def render(prompt, settings, compare=False, ranks=None):
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     h, w = settings.height // 16, settings.width // 16               # in tokens
     with parallel.one_a_machine_first(ranks):                        # it may download
-        check(prompt, settings, folder, h * w, ranks)
+        placement = check(prompt, settings, folder, ranks)
 
     text, pooled = encode_prompts([prompt], config, folder, device, dtype)       # (1, T, text_dim), (1, pooled_dim)
     for part, states in ("T5", text), ("CLIP", pooled):
@@ -661,18 +666,22 @@ def render(prompt, settings, compare=False, ranks=None):
     noise = make_noise(config.autoencoder.z, h, w, settings.seed)                # (1, z, 2h, 2w)
     noise = patchify(noise.to(device, dtype))                                    # (1, N, 4 z)
     sigmas = make_sigmas(settings.steps, h * w, config.shift)
-    flux = load_part("flux", config, folder, device, dtype)
+    layers, tokens = config.flux.double_blocks + config.flux.single_blocks, config.text_length + h * w
+    flux = load_part("flux", config, folder, device if placement.blocks == layers else torch.device("cpu"), dtype)
     flux.lay_out_for_deltas()                                        # also dense, which then is compare's dense half
-    layers, tokens = len(flux.double_blocks) + len(flux.single_blocks), config.text_length + h * w
+    move_weights(flux, flux.all_blocks, placement.blocks, device)
+
+    def fresh_state(sparsity):
+        return move_caches(make_state(layers, sparsity, tokens, None, settings.seed, device), placement.layers, device)
 
     results = []
     for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
         plan = make_plan(settings.steps, sparsity)
         if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
-            state = make_state(layers, sparsity, tokens, None, settings.seed, device)
+            state = fresh_state(sparsity)
             sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
-        state = make_state(layers, sparsity, tokens, None, settings.seed, device)
+        state = fresh_state(sparsity)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)     # (1, N, 4 z)
         seconds = time.perf_counter() - start
@@ -688,20 +697,20 @@ def render(prompt, settings, compare=False, ranks=None):
                 for x, report in results]
 
 
-def check(prompt, settings, folder, n_image, ranks):
-    """Find everything that can be wrong before a network is loaded. Raises Fail."""
+def check(prompt, settings, folder, ranks):
+    """Find everything that can be wrong before a network is loaded, and where it goes. -> memory.Placement
+    Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt)
     if settings.guidance and not config.flux.guidance:
         cli.note(f"{settings.model} takes no guidance; --guidance has no effect")
-    for part, make in parts(config).items():
-        precision = torch.float32 if part == "autoencoder" else dtype
-        caches = 0
-        if part == "flux" and settings.sparsity:
-            caches = cache_bytes(config.flux, settings.sparsity, config.text_length, n_image, dtype)
-        checkpoints.check_memory(make, precision, settings.device, caches * parallel.cache_share(ranks))
+    for part, precision in ("t5", dtype), ("clip", dtype), ("autoencoder", torch.float32):
+        checkpoints.check_memory(parts(config)[part], precision, settings.device)
+    need, placement = memory.place(find_need, settings, ranks)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, *part_files(part, config, folder))
+    memory.say(need, placement, settings.device)
+    return placement
 
 
 def encode_prompts(prompts, config, folder, device, dtype):
@@ -744,16 +753,22 @@ def part_files(part, config, folder):
     return checkpoints.sharded_files(folder, theirs), layout
 
 
-def cache_bytes(config, sparsity, n_text, n_image, dtype):
-    """What Chipmunk remembers for n_text and n_image tokens: in each layer the attention's rest and, with deltas, the
-    MLP's activations and output; and what enters the final layer."""
-    tokens, head_dim = n_text + n_image, config.dim // config.heads
-    total = (1 + sparsity.extrapolate) * n_image * config.dim * dtype.itemsize
-    mlp_rows = [n_image] * config.double_blocks + [tokens] * config.single_blocks
-    kinds = Counter(mlp_rows[sparsity.dense_layers:])
-    for rows, layers in kinds.items():
-        total += layers * checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, 0, dtype, rows)
-    return total
+def find_need(settings, ranks=None):
+    """What denoising needs. -> memory.Need"""
+    config, n_text, dtype = CONFIGS[settings.model].flux, CONFIGS[settings.model].text_length, settings.dtype
+    n_image = settings.height // 16 * (settings.width // 16)
+    tokens = n_text + n_image
+    with torch.device("meta"):
+        model, small = (Flux(c).to(dtype) for c in (config, replace(config, double_blocks=1, single_blocks=1)))
+        order, rope = torch.empty(n_image, dtype=torch.long), torch.empty(tokens, config.dim // config.heads // 2)
+        layout = Layout(order, order, (rope, rope), None, None)
+        x, text, pooled, time = (torch.empty(1, *shape, dtype=dtype) for shape in (
+            (n_image, config.channels), (n_text, config.text_dim), (config.pooled_dim,), ()))
+    small.lay_out_for_deltas()
+    state = memory.rehearsal_state(2, settings.sparsity, tokens, 0)
+    kinds = [0] * config.double_blocks + [1] * config.single_blocks
+    return memory.find_need(model, model.all_blocks, kinds, settings.sparsity, state, parallel.cache_share(ranks),
+                            lambda step: small(x, time, text, pooled, time, layout, state, step))
 
 
 def work_done(config, tokens, image, plan, state):
@@ -786,7 +801,7 @@ def main():
     parser, chipmunk = cli.make_parser(__doc__, CONFIGS)
     chipmunk.add_argument("--mlp-keys", type=cli.number(float, 0, 1), metavar="SHARE",
                           help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
-    args, settings = cli.parse(parser, CONFIGS)
+    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, settings))
     out = args.out or Path("flux.png")
     ranks = parallel.start(settings.device, CONFIGS[settings.model].flux.heads)
     if ranks is None or ranks.first:                                 # who writes

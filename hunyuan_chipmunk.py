@@ -37,9 +37,10 @@ from tqdm import tqdm
 import checkpoints
 import cli
 import media
+import memory
 import parallel
 from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
-from offload import visit
+from offload import move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
@@ -415,6 +416,10 @@ class Hunyuan(nn.Module):
         out = gather_rows(layout.ranks, out, 0, len(layout.order))[:, layout.inverse]
         return unpatchify(out, layout.grid)
 
+    @property
+    def all_blocks(self):
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
     def blocks(self, x, t, text, vec, layout, mask, state, step):
         video = self.x_embedder.proj(x).flatten(2).transpose(1, 2)[:, layout.order]      # (B, N, C)
         text = self.context_embedder(text, t, mask)                  # (B, T, C)
@@ -422,7 +427,7 @@ class Hunyuan(nn.Module):
         if mask is not None:                                         # of columns: nothing attends to padding
             mask = F.pad(mask, (n, 0), value=True)[:, None, None]    # (B, 1, 1, N + T)
         video, text = own_rows(layout.ranks, video, text)
-        blocks = visit([*self.transformer_blocks, *self.single_transformer_blocks], state, step, x.device)
+        blocks = visit(self.all_blocks, state, step, x.device)
         for block, layer_state in islice(blocks, len(self.transformer_blocks)):
             video, text = block(video, text, vec, layout.rope, mask, layer_state, step, n, layout.ranks)
         x = torch.cat([video, text], dim=1)                          # (B, N + T, C)
@@ -659,16 +664,16 @@ def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=No
 
 
 def generate(prompt, *, model="tiny", weights=None, width=None, height=None, frames=None, steps=None, guidance=None,
-             seed=0, preset="balanced", sparsity=None, dense=False, device=None, dtype=None):
+             seed=0, preset="balanced", sparsity=None, dense=False, device=None, dtype=None, offload=None):
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
     preset: "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute
-    everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail
-    for what cannot be done."""
+    everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all" (weights,
+    too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be done."""
     settings = cli.Settings(model=model, weights=weights, width=width, height=height, frames=frames, steps=steps,
                             guidance=guidance, seed=seed, preset=preset, sparsity=sparsity, dense=dense,
-                            device=device, dtype=dtype)
+                            device=device, dtype=dtype, offload=offload)
     (video, _), = render(prompt, cli.fill(settings, CONFIGS))
     return [media.to_image(frame) for frame in video]
 
@@ -692,7 +697,7 @@ def render(prompt, settings, compare=False, ranks=None):
     grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16                 # (t, h, w) in tokens
     n_video = math.prod(grid)
     with parallel.one_a_machine_first(ranks):                        # it may download
-        check(prompt, settings, folder, n_video, ranks)
+        placement = check(prompt, settings, folder, ranks)
 
     text, _, pooled = encode_prompts([prompt], config, folder, device, dtype)    # (1, T, text_dim), (1, pooled_dim)
     for part, states in ("Llama", text), ("CLIP", pooled):
@@ -700,17 +705,22 @@ def render(prompt, settings, compare=False, ranks=None):
     layout = make_layout(config.hunyuan, grid, text.shape[1], device, ranks)
     noise = make_noise(config.hunyuan.z, grid, settings.seed).to(device).float() # (1, z, t, 2h, 2w)
     sigmas = make_sigmas(settings.steps, config.shift)
-    hunyuan = load_part("hunyuan", config, folder, device, dtype)
-    layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
+    layers = config.hunyuan.dual_blocks + config.hunyuan.single_blocks
+    hunyuan = load_part("hunyuan", config, folder, device if placement.blocks == layers else torch.device("cpu"), dtype)
+    move_weights(hunyuan, hunyuan.all_blocks, placement.blocks, device)
+
+    def fresh_state(sparsity):
+        state = make_state(layers, sparsity, n_video, layout.static, settings.seed, device)
+        return move_caches(state, placement.layers, device)
 
     results = []
     for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
         plan = make_plan(settings.steps, sparsity)
         if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
-            state = make_state(layers, sparsity, n_video, layout.static, settings.seed, device)
+            state = fresh_state(sparsity)
             sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
         start = time.perf_counter()
-        state = make_state(layers, sparsity, n_video, layout.static, settings.seed, device)
+        state = fresh_state(sparsity)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
         seconds = time.perf_counter() - start
@@ -740,18 +750,18 @@ def decode(vae, latents):
             yield from piece[0].transpose(0, 1).float().clamp(-1, 1).cpu()
 
 
-def check(prompt, settings, folder, n_video, ranks):
-    """Find everything that can be wrong before a network is loaded. Raises Fail."""
+def check(prompt, settings, folder, ranks):
+    """Find everything that can be wrong before a network is loaded, and where it goes. -> memory.Placement
+    Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt)
-    for part, make in parts(config).items():
-        precision = vae_dtype(settings) if part == "vae" else dtype
-        caches = 0
-        if part == "hunyuan" and settings.sparsity:
-            caches = cache_bytes(config.hunyuan, settings.sparsity, n_video, config.text_length, dtype)
-        checkpoints.check_memory(make, precision, settings.device, caches * parallel.cache_share(ranks))
+    for part, precision in ("llama", dtype), ("clip", dtype), ("vae", vae_dtype(settings)):
+        checkpoints.check_memory(parts(config)[part], precision, settings.device)
+    need, placement = memory.place(find_need, settings, ranks)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
+    memory.say(need, placement, settings.device)
+    return placement
 
 
 def encode_text(llama, ids, mask, crop):
@@ -797,12 +807,22 @@ def load_part(part, config, folder, device, dtype):
     return checkpoints.load_weights(parts(config)[part], files, device, dtype)
 
 
-def cache_bytes(config, sparsity, n_video, n_text, dtype):
-    """What Chipmunk remembers for n_video and n_text tokens: in each layer the attention's rest and the lists of
-    columns; and what enters the final layer."""
-    layers, head_dim = config.dual_blocks + config.single_blocks - sparsity.dense_layers, config.dim // config.heads
-    layer = checkpoints.layer_bytes(sparsity, config.heads, head_dim, n_video, n_video + n_text, n_text, dtype)
-    return layers * layer + (1 + sparsity.extrapolate) * n_video * config.dim * dtype.itemsize
+def find_need(settings, ranks=None):
+    """What denoising needs. -> memory.Need"""
+    config, sparsity, dtype = CONFIGS[settings.model].hunyuan, settings.sparsity, settings.dtype
+    t, h, w = grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16       # in tokens
+    n_video, n_text, half = math.prod(grid), CONFIGS[settings.model].text_length, config.dim // config.heads // 2
+    with torch.device("meta"):
+        model, small = (Hunyuan(c).to(dtype) for c in (config, replace(config, dual_blocks=1, single_blocks=1)))
+        order, rope = torch.empty(n_video, dtype=torch.long), torch.empty(n_video + n_text, half)
+        layout = Layout(grid, order, order, (rope, rope), None, None)
+        x, text, pooled, guidance = (torch.empty(1, *shape, dtype=dtype) for shape in (
+            (config.z, t, 2 * h, 2 * w), (n_text, config.text_dim), (config.pooled_dim,), ()))
+        time = torch.empty(1)
+    state = memory.rehearsal_state(2, sparsity, n_video, n_text)
+    kinds = [0] * config.dual_blocks + [1] * config.single_blocks
+    return memory.find_need(model, model.all_blocks, kinds, sparsity, state, parallel.cache_share(ranks),
+                            lambda step: small(x, time, text, pooled, guidance, layout, state=state, step=step))
 
 
 def work_done(config, n_video, n_text, plan, state):
@@ -827,7 +847,7 @@ def work_done(config, n_video, n_text, plan, state):
 
 def main():
     parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
-    args, settings = cli.parse(parser, CONFIGS)
+    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, settings))
     suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
     out = args.out or Path("hunyuan" + suffixes[0])
     ranks = parallel.start(settings.device, CONFIGS[settings.model].hunyuan.heads)

@@ -72,11 +72,14 @@ def evenly(n, some):
 
 
 def move_caches(state, resident, device):
-    """Let a fresh ModelState's layers keep on the host what only sparse steps read, but for `resident` of them."""
-    own = [layer for layer in state.layers if layer is not None]
-    state.memory = HostMemory(device)
-    for layer, stays in zip(own, evenly(len(own), resident)):
-        layer.homes = None if stays else {}
+    """Let a fresh ModelState's layers keep on the host what only sparse steps read, but for `resident` of them.
+    -> the state; None, a dense model's, stays None"""
+    if state is not None:
+        own = [layer for layer in state.layers if layer is not None]
+        state.memory = HostMemory(device)
+        for layer, stays in zip(own, evenly(len(own), resident)):
+            layer.homes = None if stays else {}
+    return state
 
 
 def move_weights(model, blocks, resident, device):

@@ -42,6 +42,7 @@ import cli
 import flux_chipmunk
 import hunyuan_chipmunk
 import media
+import memory
 import offload
 import parallel
 import scenes
@@ -1785,8 +1786,10 @@ def test_settings_are_read_as_they_are_written(monkeypatch, name, model, steps):
 
 def test_show_plan_prints_what_every_step_does(call):
     status, printed, _ = call("flux", "--show-plan", steps=12, skip_steps=5, measure_steps=4)
-    lines = printed.splitlines()
+    plan, need = printed.split("\n\n")
+    lines = plan.splitlines()
     assert status == 0 and len(lines) == 13 and "measure" in lines[2] and "skip" in lines[6]
+    assert re.fullmatch(r"weights .* GB\ncaches .* GB\nactivations .* GB\nat most .* GB of cpu at a time\n", need)
 
 
 def test_the_picture_says_what_the_prompt_says():
@@ -1951,9 +1954,9 @@ def test_too_little_memory_a_full_disk_and_ctrl_c_leave_nothing_behind(call, mon
         return result
     program = PROGRAMS[name]
     with monkeypatch.context() as m:
-        transformer = program.parts(program.CONFIGS["tiny"])[name]()
-        weights = 4 * sum(p.numel() for p in transformer.parameters())
-        m.setattr(checkpoints, "free_memory", lambda device: weights + 1e4)             # the caches need more
+        need = program.find_need(cli.fill(cli.Settings(dense=True, device="cpu", **SHORT[name]), program.CONFIGS))
+        enough = memory.MARGIN * need.on_gpu(memory.Placement(len(need.blocks), 0))
+        m.setattr(checkpoints, "free_memory", lambda device: enough + 1e3)              # the caches need more
         assert "GB free, but this needs" in error_of(outcome()) and "--dense" in error_of(outcome())
     with monkeypatch.context() as m:
         m.setattr(Path, "touch", failing(PermissionError(13, "Permission denied")))
@@ -2321,6 +2324,8 @@ def test_a_result_that_is_no_picture_is_not_drawn(call, monkeypatch, tmp_path, n
     def broken_at_2(self, x, t, *args, **kwargs):
         """One value of one latent is wrong from step 2 on."""
         v = forward(self, x, t, *args, **kwargs)
+        if t.is_meta:                                                       # how much memory it needs
+            return v
         if t.item() not in steps:
             steps.append(t.item())
         if len(steps) == 3:
@@ -2628,17 +2633,92 @@ def test_a_full_gpu_is_not_absent(monkeypatch):
         cli.pick_device("cuda:1")
 
 
+def small_settings(monkeypatch, name, grid, text_length, **changes):
+    """Settings of the small random model in place of the tiny one, for as many tokens."""
+    program, (t, h, w) = PROGRAMS[name], (1, *grid)[-3:]
+    config = replace(program.CONFIGS["tiny"], text_length=text_length, **{name: SMALL[name]})
+    config = replace(config, window=1) if name == "wan" else config
+    monkeypatch.setitem(program.CONFIGS, "tiny", config)
+    frames = {} if name == "flux" else {"frames": 4 * t - 3}
+    return cli.fill(cli.Settings(device="cpu", width=16 * w, height=16 * h, **frames, **changes), program.CONFIGS)
+
+
 @pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
 @pytest.mark.parametrize("mlp_keep", [0.0, 0.3])
 @each_model
-def test_caches_need_what_was_estimated(name, delta, mlp_keep):
+def test_caches_need_what_was_estimated(monkeypatch, name, delta, mlp_keep):
     sparsity = Sparsity(attn_keep=0.2, attn_random=0.02, mlp_keep=mlp_keep, measure=(1,), delta=delta, dense_layers=1)
     grid = GRID[name] if name == "wan" else ODD_GRID[name]                  # an edge of incomplete voxels may keep more
-    _, state = run_steps(name, sparsity, grid, 9, 3)
-    tokens = {"flux": (9, 9 * 17), "wan": (1, 4 * 8 * 8), "hunyuan": (5 * 6 * 9, 9)}[name]
-    used = sum(checkpoints.remembered_bytes(layer) for layer in state.layers if layer) + state.past[-1][1].nbytes
-    used *= 2 if name == "wan" else 1                                       # both texts
-    assert used <= PROGRAMS[name].cache_bytes(SMALL[name], sparsity, *tokens, torch.float32) <= 1.01 * used
+    pairs, state = run_steps(name, sparsity, grid, 9, 3)
+    need = PROGRAMS[name].find_need(small_settings(monkeypatch, name, grid, 9, sparsity=sparsity))
+    caches = tuple(memory.layer_bytes(layer, offload.FOR_SPARSE) for layer in state.layers if layer)
+    assert need.caches == caches and sum(caches) + need.other_caches == memory.state_bytes(state)
+    model = random_model(name)
+    assert sum(need.blocks) + need.other_weights == sum(p.nbytes for p in model.parameters())
+    assert len(need.blocks) == len(state.layers) and need.branches == (2 if name == "wan" else 1)
+
+
+def test_peak_bytes_are_those_alive_at_a_time():
+    weight, x = torch.ones(64, 64, device="meta"), torch.ones(100, 64, device="meta")
+    with memory.PeakBytes() as counted:
+        y = x @ weight.t()                                                  # a view of what was there before
+        z = y.relu()
+        del y
+        z += 1                                                              # in place
+        w = z[:50] * 2
+    assert counted.peak == 2 * x.nbytes and counted.now == z.nbytes + w.nbytes
+    q, k = torch.empty(1, 2, 100, 32, device="meta"), torch.empty(1, 2, 10**6, 32, device="meta")
+    with memory.NoScores(), memory.PeakBytes() as counted:
+        F.scaled_dot_product_attention(q, k, k)
+    assert counted.peak == q.nbytes
+
+
+def test_what_fits_stays():
+    need = memory.Need(blocks=(10,) * 4, other_weights=5, caches=(20,) * 6, other_caches=3, activations=7, branches=2)
+    everything = 40 + 5 + 2 * (120 + 3) + 7
+    stays, some, few = (memory.Placement(*counts) for counts in ((4, 6), (4, 2), (1, 0)))
+    assert need.on_gpu(stays) == everything and need.on_host(stays) == 0
+    assert need.on_gpu(some) == everything - 2 * 80 + 3 * 20 and need.on_host(some) == 2 * 80      # 3 on their way
+    assert need.on_gpu(few) == 10 + 5 + 2 * 3 + 2 * 10 + 3 * 20 + 7 and need.on_host(few) == 30 + 2 * 120
+    free, least = memory.MARGIN * everything, memory.MARGIN * need.on_gpu(few)
+    assert memory.choose(need, free, 0) == stays and memory.choose(need, free - 1, 300) == (4, 4)
+    assert memory.choose(need, least, 300) == few
+    assert memory.choose(need, least, 269) is None and memory.choose(need, free - 1, 300, "none") is None
+    assert memory.choose(need, free, 300, "caches") == (4, 0) and memory.choose(need, free, 300, "all") == (0, 0)
+
+
+@pytest.mark.parametrize("name, model, gpu, host, dense", [                 # GB
+    ("hunyuan", "720p", 80, 120, False), ("hunyuan", "720p", 80, 10, True), ("wan", "14b", 80, 100, False),
+    ("flux", "dev", 23, 60, False), ("wan", "1.3b", 15, 30, False)])
+def test_published_sizes_fit_the_gpus_that_people_have(name, model, gpu, host, dense):
+    settings = cli.fill(cli.Settings(model=model, device="cpu", dtype="bfloat16", dense=dense), PROGRAMS[name].CONFIGS)
+    need = PROGRAMS[name].find_need(settings)
+    placement = memory.choose(need, gpu * 1e9, host * 1e9)
+    assert placement is not None and memory.describe(need, placement)
+    recorded = {("720p", False): (25.6, 62.7), ("720p", True): (25.6, 0), ("14b", False): (29.0, 101.8),
+                ("dev", False): (23.8, 9.2), ("1.3b", False): (2.9, 8.1)}[model, dense]        # weights, caches
+    assert (sum(need.blocks) + need.other_weights) / 1e9 == pytest.approx(recorded[0], abs=0.1)
+    assert need.branches * sum(need.caches) / 1e9 == pytest.approx(recorded[1], abs=0.1)
+
+
+@pytest.mark.parametrize("where", ["caches", "all"])
+def test_offloading_draws_the_same_picture(call, tmp_path, where):
+    pictures = []
+    for flags in {}, {"offload": where}:
+        status, _, errors = call("flux", out=tmp_path / "a.png", **SHORT["flux"], **SPARSE, **flags)
+        assert status == 0 and ("of it on the host" in " ".join(errors)) == bool(flags)
+        pictures.append(np.asarray(Image.open(tmp_path / "a.png")))
+    assert np.array_equal(*pictures)
+
+
+def test_too_little_memory_names_what_fits(call, monkeypatch):
+    flags = {"width": 512, "height": 512, "steps": 4, **SPARSE}
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: 6e7)
+    error = error_of(call("flux", **flags))
+    assert "cpu has 0.06 GB free, but this needs 0.0" in error and "--dense (no caches) or --width 352" in error
+    width = int(re.search(r"--width (\d+)", error)[1])
+    status, said, _ = call("flux", "--show-plan", **flags | {"width": width, "height": width})
+    assert status == 0 and said.splitlines()[-1].startswith("at most")
 
 
 @pytest.fixture

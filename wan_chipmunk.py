@@ -38,9 +38,10 @@ from tqdm import tqdm
 import checkpoints
 import cli
 import media
+import memory
 import parallel
 from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
-from offload import visit
+from offload import move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
 from sparse_kernels import GROUP
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
@@ -578,16 +579,17 @@ def sample(model, x, texts, guidance, schedule, layout, plan=None, states=None, 
 
 
 def generate(prompt, *, model="tiny", weights=None, negative_prompt=None, width=None, height=None, frames=None,
-             steps=None, guidance=None, seed=0, preset="balanced", sparsity=None, dense=False, device=None, dtype=None):
+             steps=None, guidance=None, seed=0, preset="balanced", sparsity=None, dense=False, device=None, dtype=None,
+             offload=None):
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
     preset: "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute
-    everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". None: the model's own value. Raises cli.Fail
-    for what cannot be done."""
+    everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all" (weights,
+    too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be done."""
     settings = cli.Settings(model=model, weights=weights, negative_prompt=negative_prompt, width=width, height=height,
                             frames=frames, steps=steps, guidance=guidance, seed=seed, preset=preset,
-                            sparsity=sparsity, dense=dense, device=device, dtype=dtype)
+                            sparsity=sparsity, dense=dense, device=device, dtype=dtype, offload=offload)
     (video, _), = render(prompt, cli.fill(settings, CONFIGS))
     return [media.to_image(frame) for frame in video]
 
@@ -608,7 +610,7 @@ def render(prompt, settings, compare=False, ranks=None):
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     t, h, w = grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16       # in tokens
     with parallel.one_a_machine_first(ranks):                        # it may download
-        check(prompt, settings, folder, math.prod(grid), ranks)
+        placement = check(prompt, settings, folder, ranks)
 
     prompts = [prompt, settings.negative_prompt]
     texts = encode_prompts(prompts, config, folder, device, dtype)                               # (2, L, text_dim)
@@ -617,11 +619,14 @@ def render(prompt, settings, compare=False, ranks=None):
     layout = make_layout(config.wan, grid, config.window, device, ranks)
     noise = make_noise(config.wan.channels, t, 2 * h, 2 * w, settings.seed).to(device)           # (1, z, t, 2h, 2w)
     schedule = make_schedule(settings.steps, config.shift)
-    wan = load_part("wan", config, folder, device, dtype)
+    all_stay = placement.blocks == config.wan.layers
+    wan = load_part("wan", config, folder, device if all_stay else torch.device("cpu"), dtype)
+    move_weights(wan, wan.blocks, placement.blocks, device)
 
     def make_states(sparsity):
-        return [make_state(config.wan.layers, sparsity, len(layout.order), layout.static, settings.seed, device)
-                for _ in texts]
+        states = [make_state(config.wan.layers, sparsity, len(layout.order), layout.static, settings.seed, device)
+                  for _ in texts]
+        return [move_caches(state, placement.layers, device) for state in states]
 
     results = []
     for sparsity in [None, settings.sparsity] if compare else [settings.sparsity]:
@@ -651,18 +656,18 @@ def decode(vae, latents):
         yield from piece[0].transpose(0, 1).clamp(-1, 1).cpu()
 
 
-def check(prompt, settings, folder, tokens, ranks):
-    """Find everything that can be wrong before a network is loaded. Raises Fail."""
+def check(prompt, settings, folder, ranks):
+    """Find everything that can be wrong before a network is loaded, and where it goes. -> memory.Placement
+    Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt, settings.negative_prompt)
-    for part, make in parts(config).items():
-        precision = torch.float32 if part == "vae" else dtype
-        caches = 0
-        if part == "wan" and settings.sparsity:
-            caches = cache_bytes(config.wan, settings.sparsity, config.window, tokens, dtype)
-        checkpoints.check_memory(make, precision, settings.device, caches * parallel.cache_share(ranks))
+    for part, precision in ("umt5", dtype), ("vae", torch.float32):
+        checkpoints.check_memory(parts(config)[part], precision, settings.device)
+    need, placement = memory.place(find_need, settings, ranks)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
+    memory.say(need, placement, settings.device)
+    return placement
 
 
 def clean(prompt):
@@ -695,13 +700,24 @@ def load_part(part, config, folder, device, dtype):
     return checkpoints.load_weights(parts(config)[part], files, device, dtype, float32)
 
 
-def cache_bytes(config, sparsity, window, tokens, dtype):
-    """What Chipmunk remembers for both texts: in each layer the attention's rest and the lists of columns; and what
-    enters the final layer (float32)."""
-    static_most = min(tokens, window**3 * GROUP)
-    head_dim = config.dim // config.heads
-    layer = checkpoints.layer_bytes(sparsity, config.heads, head_dim, tokens, tokens, static_most, dtype)
-    return 2 * ((config.layers - sparsity.dense_layers) * layer + (1 + sparsity.extrapolate) * tokens * config.dim * 4)
+def find_need(settings, ranks=None):
+    """What denoising needs. -> memory.Need"""
+    whole, sparsity, dtype = CONFIGS[settings.model], settings.sparsity, settings.dtype
+    config, (t, h, w) = whole.wan, (settings.frames // 4 + 1, settings.height // 16, settings.width // 16)
+    n = t * h * w
+    with torch.device("meta"):
+        model, small = (Wan(c).to(dtype) for c in (config, replace(config, layers=1)))
+        for p in [p for m in (model, small) for name, p in m.named_parameters() if any(f in name for f in Wan.FLOAT32)]:
+            p.data = p.data.float()
+        order, rope = torch.empty(n, dtype=torch.long), torch.empty(n, config.dim // config.heads // 2)
+        layout = Layout(order, order, (rope, rope), None, None)
+        x, time = torch.empty(1, config.channels, t, 2 * h, 2 * w), torch.empty(1)
+        text = torch.empty(1, whole.text_length, config.text_dim, dtype=dtype)
+    state = memory.rehearsal_state(1, sparsity, n, min(n, whole.window**3 * GROUP))
+    branches = 2 // (ranks.branches if ranks else 1)
+    share = parallel.cache_share(ranks) * 2 / branches               # of one branch's caches
+    return memory.find_need(model, model.blocks, [0] * config.layers, sparsity, state, share,
+                            lambda step: small(x, time, text, layout, state, step), branches)
 
 
 def work_done(config, tokens, text_length, plan, states):
@@ -727,7 +743,7 @@ def work_done(config, tokens, text_length, plan, states):
 def main():
     parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
     parser.add_argument("--negative-prompt", help="what to keep away from (default: the model's)")
-    args, settings = cli.parse(parser, CONFIGS)
+    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, settings))
     suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
     out = args.out or Path("wan" + suffixes[0])
     ranks = parallel.start(settings.device, CONFIGS[settings.model].wan.heads, branches=2)

@@ -1,0 +1,253 @@
+"""How much memory denoising needs, and where its weights and caches go, before anything is downloaded or loaded.
+
+The need is found by rehearsal: the model's own code runs on tensors without data, with one block of each kind, while
+PeakBytes counts. What stays on the GPU and what lives on the host (offload.py) then needs
+
+    on the GPU    weights and caches that stay, activations, and if others live on the host: two blocks' weights or
+                  three layers' caches, which come, are used and leave
+    on the host   the other weights and caches
+
+The first that fits is taken: all stays; all weights and most caches; no caches and most weights.
+"""
+import weakref
+from bisect import bisect
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import checkpoints
+import cli
+from cache import FOR_SPARSE, Step, make_state
+from offload import evenly
+
+MARGIN = 1.1                   # for what the allocator loses between tensors, and libraries work with
+REHEARSED = Step(0, "dense"), Step(1, "measure"), Step(2, "measure"), Step(3, "sparse")
+
+# ---------------------------------------------------------------------------------------------------------
+# rehearsal
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts what the tensors made within it take: `peak`, the most bytes at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = weakref.WeakSet()                            # that are known
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.storages.update(storages(args))                         # so weights, when first used, are not counted
+        result = op(*args, **(kwargs or {}))
+        for storage in storages(result):
+            if storage not in self.storages:                         # else a view, or updated in place
+                self.storages.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def storages(tree):
+    """The memory of all tensors in nested lists of things. -> set"""
+    return {x.untyped_storage() for x in tree_leaves(tree) if torch.is_tensor(x)}
+
+
+class NoScores(TorchFunctionMode):
+    """Attention that never holds its scores, as on a GPU. For tensors without data the framework's would."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def rehearsal_state(layers, sparsity, pooled_columns, static_most):
+    """make_state for tensors without data, with no layer always dense. static_most: the most static columns of any
+    group"""
+    state = make_state(layers, sparsity and replace(sparsity, dense_layers=0), pooled_columns, None, 0, "meta")
+    for layer in state.layers if state else []:
+        if layer is not None:
+            layer.static_most = static_most
+    return state
+
+
+@torch.no_grad()
+def rehearse(forward, state):
+    """Run every kind of step: forward(step), on tensors without data. state then holds what it would remember; None:
+    the plain model. -> bytes of activations, the most at a time"""
+    with NoScores(), PeakBytes() as memory:
+        for step in REHEARSED if state else [None]:
+            forward(step)
+    return memory.peak - (state_bytes(state) if state else 0)
+
+
+def layer_bytes(layer, names=None):
+    """Bytes of a LayerState's tensors, of all or those named, but for `static`, which all layers share."""
+    return sum(x.nbytes for name, x in vars(layer).items()
+               if torch.is_tensor(x) and name != "static" and (names is None or name in names))
+
+
+def state_bytes(state):
+    """Bytes that a ModelState remembers."""
+    layers = [layer for layer in state.layers if layer is not None]
+    return sum(map(layer_bytes, layers)) + sum(hidden.nbytes for _, hidden in state.past)
+
+
+def weight_bytes(module):
+    return sum(p.nbytes for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that denoising needs."""
+    blocks: tuple              # the weights of every block
+    other_weights: int
+    caches: tuple              # of every layer that is not always dense: what only sparse steps read
+    other_caches: int          # log-sum-exps, what tells which MLP columns move, what enters the final layer
+    activations: int           # the most at a time
+    branches: int = 1          # guidance branches, with caches each
+
+    def on_gpu(self, placement):
+        weights, weights_away = split(self.blocks, placement.blocks)
+        caches, caches_away = split(self.caches, placement.layers)
+        on_their_way = 0
+        if weights_away:
+            on_their_way += 2 * max(self.blocks)
+        if caches_away:
+            on_their_way += 3 * max(self.caches)
+        remembered = self.branches * (caches + self.other_caches)
+        return self.other_weights + weights + remembered + on_their_way + self.activations
+
+    def on_host(self, placement):
+        return split(self.blocks, placement.blocks)[1] + self.branches * split(self.caches, placement.layers)[1]
+
+
+def find_need(model, blocks, kinds, sparsity, state, share, forward, branches=1):
+    """What a model needs, by rehearsal of a small one. -> Need
+
+    model: the whole one, without data, and its list of blocks. kinds: for each of these the index of the one like it
+    in the small model. state: from rehearsal_state. share: of the caches, if several GPUs have them. forward(step) runs
+    the small model with the state."""
+    activations, weights = rehearse(forward, state), tuple(map(weight_bytes, blocks))
+    caches, others = (), 0
+    if state:
+        others = sum(hidden.nbytes for _, hidden in state.past)
+    if state and state.layers[0]:
+        layers = [state.layers[kind] for kind in kinds[sparsity.dense_layers:]]
+        caches = tuple(int(share * layer_bytes(layer, FOR_SPARSE)) for layer in layers)
+        others += int(share * sum(map(layer_bytes, layers))) - sum(caches)
+    return Need(weights, weight_bytes(model) - sum(weights), caches, others, activations, branches)
+
+# ---------------------------------------------------------------------------------------------------------
+# choice
+
+
+class Placement(NamedTuple):
+    """What stays on the GPU."""
+    blocks: int                # so many blocks' weights
+    layers: int                # so many layers' caches, of those that are not always dense
+
+
+def split(sizes, some):
+    """Bytes of `some` of these, evenly spread, and of the others."""
+    here = sum(compress(sizes, evenly(len(sizes), some)))
+    return here, sum(sizes) - here
+
+
+def candidates(need, offload):
+    """Placements in the order in which they are tried. offload: "none", "caches" or "all" live on the host; None: what
+    must."""
+    blocks, layers = len(need.blocks), len(need.caches)
+    if offload is not None:
+        return [Placement(0 if offload == "all" else blocks, layers if offload == "none" else 0)]
+    fewer_caches = [Placement(blocks, n) for n in range(layers, -1, -1)]
+    return fewer_caches + [Placement(n, 0) for n in range(blocks - 1, -1, -1)]
+
+
+def choose(need, gpu, host, offload=None):
+    """The first candidate that fits into so many free bytes. -> Placement; None: none does"""
+    for placement in candidates(need, offload):
+        if MARGIN * need.on_gpu(placement) <= gpu and need.on_host(placement) <= host:
+            return placement
+    return None
+
+
+def place(find_need, settings, ranks=None):
+    """Choose what stays on the GPU. find_need(settings, ranks) -> Need. -> Need, Placement
+    Raises Fail, with the numbers and what would fit, if there is too little memory."""
+    gpu, host = checkpoints.free_memory(settings.device), checkpoints.free_memory(torch.device("cpu"))
+    offload = settings.offload
+    if settings.device.type == "cpu":                                # nothing is gained if nobody asks
+        offload = offload or "none"
+
+    def fits(settings):
+        return choose(find_need(settings, ranks), gpu, host, offload) is not None
+    need = find_need(settings, ranks)
+    placement = choose(need, gpu, host, offload)
+    if placement is not None:
+        return need, placement
+    least = candidates(need, offload)[-1]
+    away = need.on_host(least)
+    more = f" and {gigabytes(away)} of the host's {gigabytes(host)}" if away else ""
+    least_gpu = gigabytes(MARGIN * need.on_gpu(least))
+    raise cli.Fail(f"{settings.device} has {gigabytes(gpu)} free, but this needs {least_gpu}{more} "
+                   f"({', '.join(describe(need, least))}, and {MARGIN - 1:.0%} to spare); {advice(settings, fits)}")
+
+
+def advice(settings, fits):
+    """What to try if settings do not fit, in words."""
+    found = []
+    if settings.sparsity and fits(replace(settings, sparsity=None)):
+        found.append("--dense (no caches)")
+    if settings.dtype == torch.float32 and settings.device.type == "cuda":
+        found.append("--dtype bfloat16")
+    if settings.frames and settings.frames > 1:
+        smaller = [replace(settings, frames=n) for n in range(1, settings.frames, 4)]
+    else:
+        smaller = [replace(settings, width=settings.width * n // 256 * 16, height=settings.height * n // 256 * 16)
+                   for n in range(4, 16)]
+    n = bisect(smaller, False, key=lambda size: not fits(size))      # how many fit
+    if n:
+        size = smaller[n - 1]
+        found.append(f"--frames {size.frames}" if size.frames else f"--width {size.width} --height {size.height}")
+    return f"{' or '.join(found or ['a larger machine'])} fits"
+
+
+def gigabytes(size):
+    return f"{size / 1e9:.{1 if size >= 1e10 else 2}f} GB"
+
+
+def describe(need, placement):
+    """What goes where, in words. -> [str]"""
+    weights, weights_away = split(need.blocks, placement.blocks)
+    caches, caches_away = (need.branches * size for size in split(need.caches, placement.layers))
+    parts = {"weights": (weights + need.other_weights, weights_away),
+             "caches": (caches + need.branches * need.other_caches, caches_away), "activations": (need.activations, 0)}
+    return [f"{name} {gigabytes(here + away)}" + (f" ({gigabytes(away)} of it on the host)" if away else "")
+            for name, (here, away) in parts.items()]
+
+
+def show(find_need, settings):
+    """Print what denoising needs, and where it would go; or that it does not fit."""
+    try:
+        need, placement = place(find_need, settings)
+    except cli.Fail as problem:
+        return cli.say(f"\n{problem}")
+    cli.say("\n".join(["", *describe(need, placement),
+                       f"at most {gigabytes(need.on_gpu(placement))} of {settings.device} at a time"]))
+
+
+def say(need, placement, device):
+    """If not all is on the device, one line: what is not, and why."""
+    if need.on_host(placement):
+        everything = need.on_gpu(Placement(len(need.blocks), len(need.caches)))
+        cli.note(f"{', '.join(describe(need, placement))}; all of it on {device} would be {gigabytes(everything)}")

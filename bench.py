@@ -34,14 +34,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
-import checkpoints
 import cli
 import flux_chipmunk
 import hunyuan_chipmunk
 import media
+import memory
 import parallel
 import wan_chipmunk
 from cache import Sparsity, between, fit_steps, make_plan, make_state
+from offload import move_caches, move_weights
 from scenes import check, check_videos, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, add_columns, attention, attention_triton, attention_with_column_mass,
                             choose_columns, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
@@ -72,23 +73,23 @@ def where(device):
 
 # ---------------------------------------------------------------------------------------------------------
 # sampling: noise and texts of a batch -> latents; dense without a sparsity. watch(plan) -> the plan's steps, one by
-# one; ranks: from parallel.start
+# one; ranks: from parallel.start; resident: how many layers' caches stay on the GPU, None: all
 
 
-def sample_flux(flux, noise, text, pooled, config, steps, sparsity, seed, watch=iter, ranks=None):
+def sample_flux(flux, noise, text, pooled, config, steps, sparsity, seed, watch=iter, ranks=None, resident=None):
     """noise (B, z, 2h, 2w) -> latents, likewise."""
     h, w = (side // 2 for side in noise.shape[-2:])
     layout = flux_chipmunk.make_layout(config.flux, h, w, text.shape[1], noise.device, ranks)
     sigmas = flux_chipmunk.make_sigmas(steps, h * w, config.shift)
     plan = watch(make_plan(steps, sparsity))
     layers, tokens = len(flux.double_blocks) + len(flux.single_blocks), text.shape[1] + h * w
-    state = make_state(layers, sparsity, tokens, None, seed, noise.device)
+    state = move_caches(make_state(layers, sparsity, tokens, None, seed, noise.device), resident, noise.device)
     x = flux_chipmunk.patchify(noise)                                # (B, h w, 4 z)
     x = flux_chipmunk.sample(flux, x, text, pooled, config.guidance, sigmas, layout, plan, state)
     return flux_chipmunk.unpatchify(x, h, w)
 
 
-def sample_wan(wan, noise, texts, config, steps, sparsity, seed, watch=iter, ranks=None):
+def sample_wan(wan, noise, texts, config, steps, sparsity, seed, watch=iter, ranks=None, resident=None):
     """noise (B, z, t, 2h, 2w), texts of the prompts and of the negative prompt -> latents, shaped as the noise."""
     t, h, w = noise.shape[2:]
     layout = wan_chipmunk.make_layout(config.wan, (t, h // 2, w // 2), config.window, noise.device, ranks)
@@ -97,10 +98,12 @@ def sample_wan(wan, noise, texts, config, steps, sparsity, seed, watch=iter, ran
     plan = watch(make_plan(steps, sparsity))
     states = [make_state(len(wan.blocks), sparsity, len(layout.order), layout.static, seed, noise.device)
               for _ in texts]
+    for state in states:
+        move_caches(state, resident, noise.device)
     return wan_chipmunk.sample(wan, noise, texts, config.guidance, schedule, layout, plan, states, ranks)
 
 
-def sample_hunyuan(hunyuan, noise, text, pooled, config, steps, sparsity, seed, watch=iter, ranks=None):
+def sample_hunyuan(hunyuan, noise, text, pooled, config, steps, sparsity, seed, watch=iter, ranks=None, resident=None):
     """noise (B, z, t, 2h, 2w), text without padding -> latents, shaped as the noise."""
     t, h, w = noise.shape[2:]
     grid = t, h // 2, w // 2
@@ -109,6 +112,7 @@ def sample_hunyuan(hunyuan, noise, text, pooled, config, steps, sparsity, seed, 
     plan = watch(make_plan(steps, sparsity))
     layers = len(hunyuan.transformer_blocks) + len(hunyuan.single_transformer_blocks)
     state = make_state(layers, sparsity, len(layout.order), layout.static, seed, noise.device)
+    move_caches(state, resident, noise.device)
     return hunyuan_chipmunk.sample(hunyuan, noise, text, pooled, config.guidance, sigmas, layout, plan, state)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -342,47 +346,56 @@ def draw_frontier(results, model, times):
 # speed: the real models' transformers with random weights, which take about as long as trained ones
 
 
-def with_random_weights(make_model, device, float32=()):
-    """A model as checkpoints.load_weights makes it, in bfloat16, but without files."""
-    checkpoints.check_memory(make_model, torch.bfloat16, device)
+def with_random_weights(make_model, blocks_of, device, placement, float32=()):
+    """A model as the programs make it, in bfloat16, but without files. blocks_of(model) -> its blocks; placement:
+    where they go, None: to the device."""
     with torch.device("meta"):
         model = make_model()
+    all_stay = placement is None or placement.blocks == len(blocks_of(model))
+    home = device if all_stay else torch.device("cpu")
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition(".")
         dtype = torch.float32 if any(part in name for part in float32) else torch.bfloat16
         weight = torch.full(p.shape, float(leaf != "bias"), device=device, dtype=dtype)      # norms are 1, biases 0
         if p.ndim > 1:
             weight.normal_(std=p[0].numel()**-0.5)
-        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(weight, requires_grad=False))
+        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(weight.to(home), requires_grad=False))
+    if hasattr(model, "lay_out_for_deltas"):
+        model.lay_out_for_deltas()
+    if placement:
+        move_weights(model, blocks_of(model), placement.blocks, device)
     return model.eval()
 
 
-def random_flux(config, device):
-    """-> the model, and sample(sparsity, watch, ranks)"""
-    flux = with_random_weights(flux_chipmunk.parts(config)["flux"], device)
-    flux.lay_out_for_deltas()
+def random_flux(config, device, placement=None):
+    """-> the model, and sample(sparsity, watch, ranks). placement: memory.Placement; None: all stays on the GPU"""
+    flux = with_random_weights(flux_chipmunk.parts(config)["flux"], lambda flux: flux.all_blocks, device, placement)
     side = config.size // 8
     shapes = (config.autoencoder.z, side, side), (config.text_length, config.flux.text_dim), (config.flux.pooled_dim,)
     inputs = [torch.randn(1, *shape, device=device, dtype=torch.bfloat16) for shape in shapes]
-    return flux, lambda sparsity, *how: sample_flux(flux, *inputs, config, config.steps, sparsity, 0, *how)
+    inputs, stay = (*inputs, config, config.steps), placement and placement.layers
+    return flux, lambda sparsity, *how: sample_flux(flux, *inputs, sparsity, 0, *how, resident=stay)
 
 
-def random_wan(config, device):
-    wan = with_random_weights(wan_chipmunk.parts(config)["wan"], device, wan_chipmunk.Wan.FLOAT32)
+def random_wan(config, device, placement=None):
+    wan = with_random_weights(wan_chipmunk.parts(config)["wan"], lambda wan: wan.blocks, device, placement,
+                              wan_chipmunk.Wan.FLOAT32)
     shape = config.wan.channels, config.frames // 4 + 1, config.height // 8, config.width // 8
     noise = torch.randn(1, *shape, device=device)
     texts = torch.randn(2, 1, config.text_length, config.wan.text_dim, device=device, dtype=torch.bfloat16)
-    return wan, lambda sparsity, *how: sample_wan(wan, noise, texts, config, config.steps, sparsity, 0, *how)
+    inputs, stay = (noise, texts, config, config.steps), placement and placement.layers
+    return wan, lambda sparsity, *how: sample_wan(wan, *inputs, sparsity, 0, *how, resident=stay)
 
 
-def random_hunyuan(config, device):
-    hunyuan = with_random_weights(hunyuan_chipmunk.parts(config)["hunyuan"], device)
+def random_hunyuan(config, device, placement=None):
+    hunyuan = with_random_weights(hunyuan_chipmunk.parts(config)["hunyuan"], lambda hunyuan: hunyuan.all_blocks, device,
+                                  placement)
     shape = config.hunyuan.z, config.frames // 4 + 1, config.height // 8, config.width // 8
     noise = torch.randn(1, *shape, device=device)
     text = torch.randn(1, config.text_length, config.hunyuan.text_dim, device=device, dtype=torch.bfloat16)
     pooled = torch.randn(1, config.hunyuan.pooled_dim, device=device, dtype=torch.bfloat16)
-    inputs = noise, text, pooled, config, config.steps
-    return hunyuan, lambda sparsity, *how: sample_hunyuan(hunyuan, *inputs, sparsity, 0, *how)
+    inputs, stay = (noise, text, pooled, config, config.steps), placement and placement.layers
+    return hunyuan, lambda sparsity, *how: sample_hunyuan(hunyuan, *inputs, sparsity, 0, *how, resident=stay)
 
 
 def now():
@@ -447,21 +460,29 @@ def speed(args):
     if device.type != "cuda":
         raise cli.Fail("python bench.py speed needs a GPU: the real models take hours on a CPU")
     program, name, _ = REAL[args.model]
+    name = args.size or name
+    if name not in program.CONFIGS:
+        raise cli.Fail(f"no --size {name!r} of {args.model}; choose from {', '.join(program.CONFIGS)}")
     config = program.CONFIGS[name]
     if args.frames or args.model == "hunyuan":
-        config = replace(config, frames=args.frames or 33)           # most GPUs cannot hold the caches of 129 frames
+        config = replace(config, frames=args.frames or 33)           # soon measured
     heads = getattr(config, args.model).heads
     ranks = parallel.start(device, heads, branches=2 if args.model == "wan" else 1)
+    settings = cli.Settings(model=name, frames=getattr(config, "frames", None), device=device, dtype="bfloat16",
+                            offload=args.offload)
+    need, placement = memory.place(program.find_need, cli.fill(settings, program.CONFIGS), ranks)
+    cli.say(f"estimated: {', '.join(memory.describe(need, placement))}; "
+            f"at most {memory.gigabytes(need.on_gpu(placement))} of the GPU\n")
     torch.manual_seed(0)                                             # the same weights in all processes
-    speed_table(args.model, name, config, device, ranks)
+    speed_table(args.model, name, config, device, ranks, placement)
     parallel.leave(ranks)
 
 
 @torch.no_grad()
-def speed_table(stem, name, config, device, ranks=None):
+def speed_table(stem, name, config, device, ranks=None, placement=None):
     """Time the steps of a model with random weights, eager and compiled; print what the presets' 50 take, and on one
     GPU note the times in step_times.json."""
-    model, sample = REAL[stem][2](config, device)
+    model, sample = REAL[stem][2](config, device, placement)
     sparsity = replace(config.presets["balanced"], measure=(1, 4), skip=(6,))    # soon shows every kind of step
     kinds = [step.mode for step in make_plan(config.steps, sparsity)][:8]
     ways, peaks = {}, []                                             # {way to run: {kind of step: seconds}}, bytes
@@ -499,7 +520,7 @@ def speed_table(stem, name, config, device, ranks=None):
                   *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense, totals)))
     memory = ", ".join(f"{name} {peak / 1e9:.1f} GB" for name, peak in zip(("dense", "Chipmunk"), peaks))
     cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: {memory})")
-    if ranks is None:
+    if ranks is None and name in (REAL[stem][1], "tiny"):
         known = json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {}
         known[stem] = {"model": f"{name}, {size}", "device": where(device), "date": str(date.today()),
                        **{way: {kind: round(s, 4) for kind, s in times.items()} for way, times in ways.items()}}
@@ -642,6 +663,8 @@ def main():
                         help="of score, caching and frontier (default: 200)")
     parser.add_argument("--frames", type=cli.number(*cli.RANGES["frames"]),
                         help="of speed for videos (default: the model's, but 33 of hunyuan's 129)")
+    parser.add_argument("--size", help="of speed: which real model, like 14b (default: dev, 1.3b, 720p)")
+    parser.add_argument("--offload", choices=cli.OFFLOADS, help="of speed: as in the programs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     {"score": score, "caching": caching, "frontier": frontier, "speed": speed, "kernels": kernels}[args.table](args)

@@ -72,9 +72,9 @@ def evenly(n, some):
 
 
 def move_caches(state, resident, device):
-    """Let a fresh ModelState's layers keep on the host what only sparse steps read, but for `resident` of them.
-    -> the state; None, a dense model's, stays None"""
-    if state is not None:
+    """Let a fresh ModelState's layers keep on the host what only sparse steps read, but for `resident` of them; None:
+    all stays on the GPU. -> the state, which is None for a dense model"""
+    if state is not None and resident is not None:
         own = [layer for layer in state.layers if layer is not None]
         state.memory = HostMemory(device)
         for layer, stays in zip(own, evenly(len(own), resident)):

@@ -704,9 +704,12 @@ def check(prompt, settings, folder, ranks):
     cli.check_prompt(prompt)
     if settings.guidance and not config.flux.guidance:
         cli.note(f"{settings.model} takes no guidance; --guidance has no effect")
-    for part, precision in ("t5", dtype), ("clip", dtype), ("autoencoder", torch.float32):
-        checkpoints.check_memory(parts(config)[part], precision, settings.device)
+    for part in "t5", "clip":
+        checkpoints.check_memory(parts(config)[part], dtype, settings.device)
     need, placement = memory.place(find_need, settings, ranks)
+    latents = torch.empty(1, config.autoencoder.z, settings.height // 8, settings.width // 8, device="meta")
+    memory.check_decoder(parts(config)["autoencoder"], latents, lambda autoencoder, z: autoencoder.decode(z),
+                         settings.device)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, *part_files(part, config, folder))
     memory.say(need, placement, settings.device)

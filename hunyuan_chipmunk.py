@@ -40,7 +40,7 @@ import media
 import memory
 import parallel
 from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
-from offload import move_caches, move_weights, visit
+from offload import in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
@@ -253,12 +253,14 @@ def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def joint_attention(q, k, v, rope, mask, layer_state, step, n_video, ranks):
-    """q, k, v (B, H, N + T, D), of which the first n_video = N rows are the video's -> (B, N + T, C); with ranks, this
-    process's rows of them. mask (B, 1, 1, N + T) bool or None. Chipmunk serves the video's rows; the few text rows are
-    dense and see all."""
-    q, k, v = scatter_heads(ranks, q, k, v)
-    q, k = apply_rope(q, rope), apply_rope(k, rope)
+def joint_attention(qkv, rope, mask, layer_state, step, n_video, ranks):
+    """qkv: list of q, k, v (B, H, N + T, D), of which the first n_video = N rows are the video's; it is emptied, as
+    these are large -> (B, N + T, C); with ranks, this process's rows of them. mask (B, 1, 1, N + T) bool or None.
+    Chipmunk serves the video's rows; the few text rows are dense and see all."""
+    q, k, v = scatter_heads(ranks, *qkv)
+    qkv.clear()
+    q = apply_rope(q, rope)                                          # one after the other, for the same reason
+    k = apply_rope(k, rope)
     if layer_state is None:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
@@ -334,21 +336,23 @@ class DualBlock(nn.Module):
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(vec)
         attn, n = self.attn, video.shape[1]
 
-        x, c = modulate(video, shift1, scale1), modulate(text, text_shift1, text_scale1)
+        qkv = self.qkv(modulate(video, shift1, scale1), modulate(text, text_shift1, text_scale1))
+        o = joint_attention(qkv, rope, mask, layer_state, step, n_video, ranks)      # (B, N + T, C)
+        video = video + gate1 * attn.to_out[0](o[:, :n])
+        text = text + text_gate1 * attn.to_add_out(o[:, n:])
+        video = video + gate2 * in_chunks(lambda x: self.ff(modulate(x, shift2, scale2)), video)
+        text = text + text_gate2 * self.ff_context(modulate(text, text_shift2, text_scale2))
+        return video, text
+
+    def qkv(self, x, c):
+        """x (B, N, C) of the video, c (B, T, C) of the text -> [q, k, v] (B, H, N + T, D)"""
+        attn = self.attn
         projections = attn.to_q, attn.to_k, attn.to_v
         text_projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
         q, k, v = (split_heads(f(x), self.heads) for f in projections)               # (B, H, N, D) each
         text_q, text_k, text_v = (split_heads(f(c), self.heads) for f in text_projections)   # (B, H, T, D) each
-        q = torch.cat([attn.norm_q(q), attn.norm_added_q(text_q)], dim=2)            # (B, H, N + T, D)
-        k = torch.cat([attn.norm_k(k), attn.norm_added_k(text_k)], dim=2)
-        v = torch.cat([v, text_v], dim=2)
-        o = joint_attention(q, k, v, rope, mask, layer_state, step, n_video, ranks)  # (B, N + T, C)
-
-        video = video + gate1 * attn.to_out[0](o[:, :n])
-        text = text + text_gate1 * attn.to_add_out(o[:, n:])
-        video = video + gate2 * self.ff(modulate(video, shift2, scale2))
-        text = text + text_gate2 * self.ff_context(modulate(text, text_shift2, text_scale2))
-        return video, text
+        return [torch.cat([attn.norm_q(q), attn.norm_added_q(text_q)], dim=2),
+                torch.cat([attn.norm_k(k), attn.norm_added_k(text_k)], dim=2), torch.cat([v, text_v], dim=2)]
 
 
 class SingleBlock(nn.Module):
@@ -367,12 +371,19 @@ class SingleBlock(nn.Module):
         all."""
         shift, scale, gate = self.norm(vec)
         h = modulate(x, shift, scale)
+        o = joint_attention(self.qkv(h), rope, mask, layer_state, step, n_video, ranks)  # (B, N + T, C)
+        return x + gate * in_chunks(self.out, o, h)
+
+    def qkv(self, h):
+        """h (B, N + T, C) -> [q, k, v] (B, H, N + T, D)"""
         attn = self.attn
-        q, k, v = (split_heads(f(h), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))     # (B, H, N + T, D) each
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        o = joint_attention(q, k, v, rope, mask, layer_state, step, n_video, ranks)      # (B, N + T, C)
+        q, k, v = (split_heads(f(h), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
+        return [attn.norm_q(q), attn.norm_k(k), v]
+
+    def out(self, o, h):
+        """What attention gave and what went into it, (B, N + T, C) each -> (B, N + T, C)"""
         mlp = F.gelu(self.proj_mlp(h), approximate="tanh")                       # (B, N + T, ff)
-        return x + gate * self.proj_out(torch.cat([o, mlp], dim=-1))
+        return self.proj_out(torch.cat([o, mlp], dim=-1))
 
 
 class Hunyuan(nn.Module):
@@ -755,9 +766,12 @@ def check(prompt, settings, folder, ranks):
     Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt)
-    for part, precision in ("llama", dtype), ("clip", dtype), ("vae", vae_dtype(settings)):
-        checkpoints.check_memory(parts(config)[part], precision, settings.device)
+    for part in "llama", "clip":
+        checkpoints.check_memory(parts(config)[part], dtype, settings.device)
     need, placement = memory.place(find_need, settings, ranks)
+    shape = 1, config.vae.z, settings.frames // 4 + 1, settings.height // 8, settings.width // 8
+    latents = torch.empty(shape, dtype=vae_dtype(settings), device="meta")
+    memory.check_decoder(parts(config)["vae"], latents, lambda vae, z: next(vae.decode_pieces(z)), settings.device)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
     memory.say(need, placement, settings.device)

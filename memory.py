@@ -81,13 +81,20 @@ def rehearsal_state(layers, sparsity, pooled_columns, static_most):
 
 
 @torch.no_grad()
-def rehearse(forward, state):
-    """Run every kind of step: forward(step), on tensors without data. state then holds what it would remember; None:
-    the plain model. -> bytes of activations, the most at a time"""
-    with NoScores(), PeakBytes() as memory:
+def rehearse(run):
+    """Bytes that run() takes, the most at a time. It works on tensors without data."""
+    with NoScores(), PeakBytes() as counted:
+        run()
+    return counted.peak
+
+
+def rehearse_steps(forward, state):
+    """Bytes of activations, the most at a time in any kind of step, forward(step). state then holds what it would
+    remember; None: the plain model."""
+    def run():
         for step in REHEARSED if state else [None]:
             forward(step)
-    return memory.peak - (state_bytes(state) if state else 0)
+    return rehearse(run) - (state_bytes(state) if state else 0)
 
 
 def layer_bytes(layer, names=None):
@@ -137,7 +144,7 @@ def find_need(model, blocks, kinds, sparsity, state, share, forward, branches=1)
     model: the whole one, without data, and its list of blocks. kinds: for each of these the index of the one like it
     in the small model. state: from rehearsal_state. share: of the caches, if several GPUs have them. forward(step) runs
     the small model with the state."""
-    activations, weights = rehearse(forward, state), tuple(map(weight_bytes, blocks))
+    activations, weights = rehearse_steps(forward, state), tuple(map(weight_bytes, blocks))
     caches, others = (), 0
     if state:
         others = sum(hidden.nbytes for _, hidden in state.past)
@@ -146,6 +153,18 @@ def find_need(model, blocks, kinds, sparsity, state, share, forward, branches=1)
         caches = tuple(int(share * layer_bytes(layer, FOR_SPARSE)) for layer in layers)
         others += int(share * sum(map(layer_bytes, layers))) - sum(caches)
     return Need(weights, weight_bytes(model) - sum(weights), caches, others, activations, branches)
+
+
+def check_decoder(make, latents, decode, device):
+    """Raises Fail if the decoder, which works last and alone, does not fit. make() -> it; latents: without data, in its
+    precision; decode(decoder, latents) makes as much of the result as is there at a time."""
+    with torch.device("meta"):
+        decoder = make().to(latents.dtype)
+    need = MARGIN * (weight_bytes(decoder) + rehearse(lambda: decode(decoder, latents)))
+    free = checkpoints.free_memory(device)
+    if need > free:
+        raise cli.Fail(f"{device} has {gigabytes(free)} free, but the decoder needs {gigabytes(need)} at this size; "
+                       "a smaller --width and --height helps")
 
 # ---------------------------------------------------------------------------------------------------------
 # choice

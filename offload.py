@@ -94,6 +94,13 @@ def move_weights(model, blocks, resident, device):
         if p not in away:
             p.data = p.data.to(device)
 
+
+def in_chunks(f, *tensors, rows=2**14):
+    """f of tensors (B, N, C), at most so many rows at a time: what f holds in between then stays small."""
+    if tensors[0].shape[1] <= rows:
+        return f(*tensors)
+    return torch.cat([f(*chunks) for chunks in zip(*(x.split(rows, dim=1) for x in tensors))], dim=1)
+
 # ---------------------------------------------------------------------------------------------------------
 # the way there and back
 

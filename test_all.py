@@ -2673,6 +2673,22 @@ def test_peak_bytes_are_those_alive_at_a_time():
     assert counted.peak == q.nbytes
 
 
+def test_rows_in_chunks_are_the_rows_at_once():
+    x, y, seen = torch.randn(2, 3 * 2**10 + 5, 4), torch.randn(2, 3 * 2**10 + 5, 4), []
+
+    def f(x, y):
+        seen.append(x.shape[1])
+        return x * y
+    assert torch.equal(offload.in_chunks(f, x, y, rows=2**10), x * y) and seen == [2**10] * 3 + [5]
+    assert torch.equal(offload.in_chunks(f, x, y), x * y) and seen[-1] == x.shape[1]
+
+
+def test_a_decoder_that_does_not_fit_is_told_before_anything_is_loaded(call, monkeypatch):
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: 1.5e8)
+    error = error_of(call("flux", width=512, height=512, steps=4))
+    assert "cpu has 0.15 GB free, but the decoder needs" in error and "smaller --width" in error
+
+
 def test_what_fits_stays():
     need = memory.Need(blocks=(10,) * 4, other_weights=5, caches=(20,) * 6, other_caches=3, activations=7, branches=2)
     everything = 40 + 5 + 2 * (120 + 3) + 7

@@ -41,7 +41,7 @@ import media
 import memory
 import parallel
 from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
-from offload import move_caches, move_weights, visit
+from offload import in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
 from sparse_kernels import GROUP
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
@@ -240,17 +240,25 @@ class Block(nn.Module):
         modulation = (self.scale_shift_table + time).chunk(6, dim=1)             # (B, 1, C) each
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         h = modulate(x, shift1, scale1).to(text.dtype)
+        x = x + gate1 * self.self_attention(h, rope, layer_state, step, ranks)
+        h = self.norm2(x).to(text.dtype)
+        x = x + self.cross_attention(h, text)
+        fc1, gelu, fc2 = self.ffn.net
+        return x + gate2 * in_chunks(lambda x: fc2(gelu(fc1.proj(modulate(x, shift2, scale2).to(text.dtype)))), x)
+
+    def self_attention(self, h, rope, layer_state, step, ranks):
+        """h (B, N, C) -> (B, N, C)"""
         q, k, v = self.attn1.qkv(h, h)                               # (B, H, N, D) each
-        q, k = apply_rope(q, rope).to(v.dtype), apply_rope(k, rope).to(v.dtype)
+        q = apply_rope(q, rope).to(v.dtype)                          # one after the other: float32 ones are large
+        k = apply_rope(k, rope).to(v.dtype)
         q, k, v = scatter_heads(ranks, q, k, v)
         o = gather_heads(ranks, chipmunk_attention(q, k, v, layer_state, step))      # (B, H, N, D)
-        x = x + gate1 * self.attn1.out(o)
+        return self.attn1.out(o)
 
-        q, k, v = self.attn2.qkv(self.norm2(x).to(text.dtype), text) # (B, H, N, D), (B, H, L, D) twice
-        x = x + self.attn2.out(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v))
-
-        fc1, gelu, fc2 = self.ffn.net
-        return x + gate2 * fc2(gelu(fc1.proj(modulate(x, shift2, scale2).to(text.dtype))))
+    def cross_attention(self, h, text):
+        """h (B, N, C), text (B, L, C) -> (B, N, C)"""
+        q, k, v = self.attn2.qkv(h, text)                            # (B, H, N, D), (B, H, L, D) twice
+        return self.attn2.out(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v))
 
 
 class Wan(nn.Module):
@@ -661,9 +669,11 @@ def check(prompt, settings, folder, ranks):
     Raises Fail."""
     config, dtype = CONFIGS[settings.model], settings.dtype
     cli.check_prompt(prompt, settings.negative_prompt)
-    for part, precision in ("umt5", dtype), ("vae", torch.float32):
-        checkpoints.check_memory(parts(config)[part], precision, settings.device)
+    checkpoints.check_memory(parts(config)["umt5"], dtype, settings.device)
     need, placement = memory.place(find_need, settings, ranks)
+    frames = min(settings.frames // 4 + 1, 3)                        # of latents: then every piece is alike
+    latents = torch.empty(1, config.wan.channels, frames, settings.height // 8, settings.width // 8, device="meta")
+    memory.check_decoder(parts(config)["vae"], latents, lambda vae, z: list(vae.decode_pieces(z)), settings.device)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
     memory.say(need, placement, settings.device)

@@ -195,7 +195,7 @@ def candidates(need, offload):
 def choose(need, gpu, host, offload=None):
     """The first candidate that fits into so many free bytes. -> Placement; None: none does"""
     for placement in candidates(need, offload):
-        if MARGIN * need.on_gpu(placement) <= gpu and need.on_host(placement) <= host:
+        if MARGIN * need.on_gpu(placement) <= gpu and MARGIN * need.on_host(placement) <= host:
             return placement
     return None
 
@@ -215,7 +215,7 @@ def place(find_need, settings, ranks=None):
     if placement is not None:
         return need, placement
     least = candidates(need, offload)[-1]
-    away = need.on_host(least)
+    away = MARGIN * need.on_host(least)
     more = f" and {gigabytes(away)} of the host's {gigabytes(host)}" if away else ""
     least_gpu = gigabytes(MARGIN * need.on_gpu(least))
     raise cli.Fail(f"{settings.device} has {gigabytes(gpu)} free, but this needs {least_gpu}{more} "

@@ -2700,7 +2700,7 @@ def test_what_fits_stays():
     assert memory.choose(need, free, 0) == stays and memory.choose(need, free - 1, 300) == (4, 4)
     assert memory.choose(need, least, 300) == few
     assert memory.choose(need, least, 269) is None and memory.choose(need, free - 1, 300, "none") is None
-    assert memory.choose(need, free, 300, "caches") == (4, 0) and memory.choose(need, free, 300, "all") == (0, 0)
+    assert memory.choose(need, free, 400, "caches") == (4, 0) and memory.choose(need, free, 400, "all") == (0, 0)
 
 
 @pytest.mark.parametrize("name, model, gpu, host, dense", [                 # GB

@@ -9,6 +9,7 @@ PeakBytes counts. What stays on the GPU and what lives on the host (offload.py) 
 
 The first that fits is taken: all stays; all weights and most caches; no caches and most weights.
 """
+import os
 import weakref
 from bisect import bisect
 from dataclasses import dataclass, replace
@@ -204,6 +205,8 @@ def place(find_need, settings, ranks=None):
     """Choose what stays on the GPU. find_need(settings, ranks) -> Need. -> Need, Placement
     Raises Fail, with the numbers and what would fit, if there is too little memory."""
     gpu, host = checkpoints.free_memory(settings.device), checkpoints.free_memory(torch.device("cpu"))
+    if ranks:                                                        # processes of one machine share its memory
+        host /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     offload = settings.offload
     if settings.device.type == "cpu":                                # nothing is gained if nobody asks
         offload = offload or "none"

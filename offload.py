@@ -156,51 +156,50 @@ def visit(blocks, state, step, device):
     `device`. What the last layer changed leaves when it is asked for more: iterate to the end."""
     layers = state.layers if state else [None] * len(blocks)
     mode = step.mode if step else "dense"
-    leaves = {"measure": FOR_SPARSE, "sparse": CHANGED}.get(mode, ())
-    weights = [list(block.parameters()) if getattr(block, "on_host", False) else [] for block in blocks]
-    caches = [layer.homes if layer and mode == "sparse" else None for layer in layers]
-    starts = ahead([bool(w or c) for w, c in zip(weights, caches)])
+    away = [living_away(block, layer, mode) for block, layer in zip(blocks, layers)]
+    starts, homes, arrived, leaving, left = ahead([bool(places) for places in away]), {}, {}, [], None
     incoming, outgoing = Lane(device), Lane(device)
-    arrived, kept, left, changed = {}, {}, None, []
     try:
         for i, layer in enumerate(layers):
             for j in starts[i]:
-                kept[j] = [p.data for p in weights[j]]               # the weights' home
-                pairs = [(home, torch.empty_like(home, device=device)) for home in kept[j]]
-                for p, (_, here) in zip(weights[j], pairs):
-                    p.data = here
-                for name, home in (caches[j] or {}).items():
-                    pairs.append((home, torch.empty_like(home, device=device)))
-                    setattr(layers[j], name, pairs[-1][1])
-                arrived[j] = incoming.copy(pairs)
-            wait(arrived.pop(i, None))
+                homes[j] = [getattr(*place) for place in away[j]]
+                for place, home in zip(away[j], homes[j]):
+                    setattr(*place, torch.empty_like(home, device=device))
+                arrived[j] = incoming.copy([(home, getattr(*place)) for place, home in zip(away[j], homes[j])])
+            wait(arrived.get(i))                                     # it computes with what has come
             yield blocks[i], layer
 
-            # What is let go of here the GPU may use anew for what it computes next, which comes after what it was told
-            # to compute so far. Copies are not in this order: hence `changed` holds what leaves until it is waited for.
-            for p, home in zip(weights[i], kept.pop(i, ())):
-                p.data = home
-            if layer is None or layer.homes is None:
-                continue
-            wait(left)                                               # so at most two layers' changes are on the GPU
-            changed = send_home(layer, leaves, state.memory)
-            left = outgoing.copy(changed)
+            # The GPU may use anew, in the order of its computation, what nobody holds from here on. Copies are not in
+            # this order. So what leaves is held until the next layer is done, and only let go of after this wait.
+            wait(left)
+            leaving = send_home(layer, mode, state.memory) if layer and layer.homes is not None else []
+            left = outgoing.copy(leaving)
+            for place, home in zip(away[i], homes.get(i, ())):
+                setattr(*place, home)
     finally:                                                         # also if the step was broken off
         incoming.join()
         outgoing.join()
 
 
-def send_home(layer, leaves, memory):
-    """Point a layer to the home of what only sparse steps read. -> [(tensor on the GPU, home)] of those that `leaves`
-    names, which are to be copied"""
-    changed = []
+def living_away(block, layer, mode):
+    """What of a block and its layer has to come from the host. -> [(what it belongs to, the attribute's name)]"""
+    weights = [(p, "data") for p in block.parameters()] if getattr(block, "on_host", False) else []
+    caches = [(layer, name) for name in layer.homes] if layer and layer.homes and mode == "sparse" else []
+    return weights + caches
+
+
+def send_home(layer, mode, memory):
+    """Point a layer to the homes of what only sparse steps read, and make those that it has not got.
+    -> [(tensor on the GPU, its home)] of what changed, to be copied"""
+    changes = {"measure": FOR_SPARSE, "sparse": CHANGED}.get(mode, ())
+    leaving = []
     for name in FOR_SPARSE:
         here = getattr(layer, name)
-        if here is None:
-            continue
-        if name not in layer.homes:
-            layer.homes[name] = memory.like(here)
-        if name in leaves:
-            changed.append((here, layer.homes[name]))
-        setattr(layer, name, layer.homes[name])
-    return changed
+        if here is not None:
+            home = layer.homes.get(name)
+            if home is None:
+                home = layer.homes[name] = memory.like(here)
+            if name in changes:
+                leaving.append((here, home))
+            setattr(layer, name, home)
+    return leaving

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1103,7 +1104,14 @@ def test_where_things_live_changes_nothing(name, delta, resident, weights):
         assert homes == {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
-def test_host_memory_is_given_out_without_gaps_and_given_back():
+def test_host_memory_is_given_out_without_gaps_and_given_back(monkeypatch):
+    blocks, empty = [], np.empty
+
+    def remembered(*args, **kwargs):
+        array = empty(*args, **kwargs)
+        blocks.append(weakref.ref(array))
+        return array
+    monkeypatch.setattr(offload.np, "empty", remembered)
     memory = offload.HostMemory(CPU)
     x, y = torch.randn(3, 5), torch.randn(7, 300).t()                       # y: column after column
     near, far = memory.like(x), memory.like(y)
@@ -1114,7 +1122,27 @@ def test_host_memory_is_given_out_without_gaps_and_given_back():
     large = memory.like(torch.empty(offload.LEAST, dtype=torch.uint8))      # a block of its own
     small = memory.like(torch.empty(4, dtype=torch.uint8))                  # the first block goes on
     assert small.data_ptr() - far.data_ptr() == math.ceil(far.nbytes / 256) * 256 and large.numel() == offload.LEAST
-    assert memory.total == 2 * offload.LEAST
+    assert memory.total == 2 * offload.LEAST and len(blocks) == 2
+    del memory, near, far, large
+    assert blocks[0]() is not None and blocks[1]() is None                  # small is in the first
+    del small
+    assert blocks[0]() is None
+
+
+def test_a_step_that_is_broken_off_leaves_the_copies_waited_for(monkeypatch):
+    joined = []
+    monkeypatch.setattr(offload.Lane, "join", lambda lane: joined.append(lane))
+    visits = offload.visit([nn.Identity()] * 3, None, None, CPU)
+    next(visits)
+    assert not joined
+    del visits
+    assert len(joined) == 2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_host_memory_is_pinned_while_it_is_used():
+    host = offload.HostMemory(torch.device(DEVICE)).like(torch.empty(2**20))
+    assert host.is_pinned()
 
 
 # =========================================================================================================

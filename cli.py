@@ -65,7 +65,7 @@ def memory_advice(error):
     elif asked:
         more = f" ({asked[1]} {asked[2]} more were needed)"
     return (f"out of memory{more}; --dense needs no caches, a smaller --width and --height need less of everything, "
-            "--dtype bfloat16 half of float32")
+            "--dtype bfloat16 half of float32, --offload all less of a GPU")
 
 
 def check_finite(x, part, dtype, before=None):

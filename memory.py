@@ -272,4 +272,6 @@ def say(need, placement, device):
     """If not all is on the device, one line: what is not, and why."""
     if need.on_host(placement):
         everything = need.on_gpu(Placement(len(need.blocks), len(need.caches)))
-        cli.note(f"{', '.join(describe(need, placement))}; all of it on {device} would be {gigabytes(everything)}")
+        free = checkpoints.free_memory(device)
+        cli.note(f"{', '.join(describe(need, placement))}; all of it would take {gigabytes(MARGIN * everything)} of "
+                 f"{device}, which has {gigabytes(free)} free")

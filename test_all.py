@@ -1104,6 +1104,40 @@ def test_where_things_live_changes_nothing(name, delta, resident, weights):
         assert homes == {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
+@each_model
+def test_copies_may_be_as_late_as_they_are_waited_for(monkeypatch, name):
+    """Until then their targets hold garbage, and nothing may let go of their sources. A GPU copies some time between."""
+    class Late(offload.Lane):
+        def __init__(self, device):
+            self.due = []
+
+        def copy(self, pairs):
+            for _, target in pairs:
+                target.fill_(torch.nan if target.is_floating_point() else torch.iinfo(target.dtype).max)
+            self.due += [(weakref.ref(source), target) for source, target in pairs]
+            return self, list(self.due)
+
+        def join(self):
+            finish((self, list(self.due)))
+
+    def finish(event):
+        lane, copies = event or (None, [])
+        for pair in copies:
+            if any(pair is due for due in lane.due):
+                source, target = pair
+                target.copy_(source())
+        if lane:
+            lane.due = [due for due in lane.due if not any(due is pair for pair in copies)]
+    sparsity = Sparsity(attn_keep=0.1, mlp_keep=0.2, measure=(1, 4), delta="mass", dense_layers=1)
+    want, _ = sample_small(name, random_model(name), GRID[name], sparsity, steps=7)
+    monkeypatch.setattr(offload, "Lane", Late)
+    monkeypatch.setattr(offload, "wait", finish)
+    model = random_model(name)
+    blocks = [block for blocks in block_lists(model).values() for block in blocks]
+    offload.move_weights(model, blocks, 1, torch.device(DEVICE))
+    assert torch.equal(sample_small(name, model, GRID[name], sparsity, steps=7, resident=0)[0], want)
+
+
 def test_host_memory_is_given_out_without_gaps_and_given_back(monkeypatch):
     blocks, empty = [], np.empty
 

@@ -1106,7 +1106,7 @@ def test_where_things_live_changes_nothing(name, delta, resident, weights):
 
 @each_model
 def test_copies_may_be_as_late_as_they_are_waited_for(monkeypatch, name):
-    """Until then their targets hold garbage, and nothing may let go of their sources. A GPU copies some time between."""
+    """Until then their targets hold garbage, and nobody lets go of their sources. A GPU copies some time between."""
     class Late(offload.Lane):
         def __init__(self, device):
             self.due = []

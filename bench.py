@@ -5,6 +5,7 @@
     python bench.py caching    what it costs to skip steps and compute the others densely: what sparse steps must beat
     python bench.py frontier   how close to dense at which speed: step caching, the paper's rule, ours, the presets
     python bench.py speed      how long the steps of FLUX.1-dev take, dense and with Chipmunk (on a GPU)
+    python bench.py whole      a run of it from noise to pixels, by kind of step, and the memory it takes (on a GPU)
     python bench.py kernels    how fast the kernels are on this GPU, against the framework's fastest dense ones
     torchrun --nproc_per_node 2 bench.py speed     how long the steps take on several GPUs, and what their talk takes
 
@@ -453,29 +454,85 @@ REAL = {"flux": (flux_chipmunk, "dev", random_flux), "wan": (wan_chipmunk, "1.3b
         "hunyuan": (hunyuan_chipmunk, "720p", random_hunyuan)}
 
 
-def speed(args):
+def real_model(args):
+    """-> name and Config of the real model that the flags choose, and the GPU. Raises Fail if there is none."""
     if args.frames and args.model == "flux":
         raise cli.Fail("flux makes pictures; --frames is for --model wan and hunyuan")
     device = cli.pick_device(args.device)
     if device.type != "cuda":
-        raise cli.Fail("python bench.py speed needs a GPU: the real models take hours on a CPU")
+        raise cli.Fail(f"python bench.py {args.table} needs a GPU: the real models take hours on a CPU")
     program, name, _ = REAL[args.model]
     name = args.size or name
     if name not in program.CONFIGS:
         raise cli.Fail(f"no --size {name!r} of {args.model}; choose from {', '.join(program.CONFIGS)}")
     config = program.CONFIGS[name]
-    if args.frames or args.model == "hunyuan":
-        config = replace(config, frames=args.frames or 33)           # soon measured
-    heads = getattr(config, args.model).heads
-    ranks = parallel.start(device, heads, branches=2 if args.model == "wan" else 1)
+    return name, replace(config, frames=args.frames) if args.frames else config, device
+
+
+def place(args, name, config, device, ranks=None):
+    """Where a real model goes; says what was estimated. -> memory.Placement"""
+    program = REAL[args.model][0]
     settings = cli.Settings(model=name, frames=getattr(config, "frames", None), device=device, dtype="bfloat16",
                             offload=args.offload)
     need, placement = memory.place(program.find_need, cli.fill(settings, program.CONFIGS), ranks)
     cli.say(f"estimated: {', '.join(memory.describe(need, placement))}; "
             f"at most {memory.gigabytes(need.on_gpu(placement))} of the GPU\n")
+    return placement
+
+
+def speed(args):
+    name, config, device = real_model(args)
+    if args.model == "hunyuan" and not args.frames:
+        config = replace(config, frames=33)                          # soon measured
+    heads = getattr(config, args.model).heads
+    ranks = parallel.start(device, heads, branches=2 if args.model == "wan" else 1)
+    placement = place(args, name, config, device, ranks)
     torch.manual_seed(0)                                             # the same weights in all processes
     speed_table(args.model, name, config, device, ranks, placement)
     parallel.leave(ranks)
+
+
+def whole(args):
+    name, config, device = real_model(args)
+    whole_table(args.model, name, config, device, place(args, name, config, device))
+
+
+@torch.no_grad()
+def whole_table(stem, name, config, device, placement=None):
+    """Time a run with random weights from noise to pixels, by preset "balanced": steps by kind, and decoding."""
+    program, sparsity, seconds = REAL[stem][0], config.presets["balanced"], []
+    plan = make_plan(config.steps, sparsity)
+
+    def watch(plan):
+        for step in tqdm(plan, leave=False, disable=None):
+            start = now()
+            yield step
+            seconds.append((step.mode, now() - start))
+    model, sample = REAL[stem][2](config, device, placement)
+    peak_memory(device)
+    latents = sample(sparsity, watch, None)
+    denoising = peak_memory(device)
+    del model, sample
+
+    make = program.parts(config)["autoencoder" if stem == "flux" else "vae"]
+    decoder, start = with_random_weights(make, None, device, None, float32=("",)), now()         # all of it float32
+    if stem == "flux":
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            decoder.decode(latents.float())
+    else:
+        for _ in program.decode(decoder.half() if stem == "hunyuan" else decoder, latents):
+            pass
+    decoding = now() - start
+
+    print_header(f"{stem} {name}, {config.steps} steps, preset balanced", "steps", "a step, median", "in all")
+    for kind in dict.fromkeys(step.mode for step in plan):
+        times = [s for mode, s in seconds if mode == kind]
+        print_row(kind, str(len(times)), f"{median(times):.3f} s", f"{sum(times):.1f} s")
+    print_row("decoding", "", "", f"{decoding:.1f} s")
+    print_row("**whole**", "", "", f"**{sum(s for _, s in seconds) + decoding:.1f} s**")
+    peaks = f"denoising {memory.gigabytes(denoising)}, decoding {memory.gigabytes(peak_memory(device))}"
+    cli.say(f"\n({where(device)}, bfloat16, random weights; the first step of a kind also compiles kernels, the first "
+            f"to measure pins memory; peak memory: {peaks})")
 
 
 @torch.no_grad()
@@ -657,17 +714,19 @@ def kernels(args):
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["score", "caching", "frontier", "speed", "kernels"])
+    parser.add_argument("table", choices=["score", "caching", "frontier", "speed", "whole", "kernels"])
     parser.add_argument("--model", choices=list(DRAW), default="flux", help="of all but kernels (default: flux)")
     parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200,
                         help="of score, caching and frontier (default: 200)")
     parser.add_argument("--frames", type=cli.number(*cli.RANGES["frames"]),
-                        help="of speed for videos (default: the model's, but 33 of hunyuan's 129)")
-    parser.add_argument("--size", help="of speed: which real model, like 14b (default: dev, 1.3b, 720p)")
-    parser.add_argument("--offload", choices=cli.OFFLOADS, help="of speed: as in the programs")
+                        help="of speed and whole for videos (default: the model's; speed: 33 of hunyuan's 129)")
+    parser.add_argument("--size", help="of speed and whole: which real model, like 14b (default: dev, 1.3b, 720p)")
+    parser.add_argument("--offload", choices=cli.OFFLOADS, help="of speed and whole: as in the programs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"score": score, "caching": caching, "frontier": frontier, "speed": speed, "kernels": kernels}[args.table](args)
+    tables = {"score": score, "caching": caching, "frontier": frontier, "speed": speed, "whole": whole,
+              "kernels": kernels}
+    tables[args.table](args)
 
 
 if __name__ == "__main__":

@@ -2254,6 +2254,19 @@ def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
             assert abs(float(row[column].split("**")[1].removesuffix("x")) - dense_total / total) < 0.01
 
 
+@each_model
+def test_whole_table_adds_up(capsys, name):
+    config = tiny_run(name, PROGRAMS[name].CONFIGS["tiny"])
+    config = replace(config, steps=9, presets={"balanced": Sparsity(measure=(1, 4), skip=(7,))})
+    bench.whole_table(name, "tiny", config, CPU)
+    title, _, *rows, _, said = capsys.readouterr().out.splitlines()
+    rows = {row.split("|")[1].strip(" *"): row.split("|")[2:-1] for row in rows}
+    assert list(rows) == ["dense", "measure", "sparse", "skip", "decoding", "whole"] and "peak memory" in said
+    assert [int(rows[kind][0]) for kind in ("dense", "measure", "sparse", "skip")] == [1, 2, 5, 1]
+    *parts, total = (float(row[2].strip(" *s")) for row in rows.values())
+    assert total == pytest.approx(sum(parts), abs=0.3)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="here is one")
 @pytest.mark.parametrize("table, says", [(["speed"], "needs a GPU"), (["kernels"], "needs a GPU"),
                                          (["speed", "--frames", "5"], "flux makes pictures")])

@@ -39,7 +39,7 @@ class Sparsity:
     measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
     skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
     delta: str = "paper"             # "pooled" | "mass" | "paper" | "none": no sparse steps, all but skipped are dense
-    extrapolate: bool = False        # do skipped steps go on as the last two computed ones did, or repeat the last?
+    extrapolate: bool = True         # skipped steps go on as the last two computed ones did; or they repeat the last
     dense_layers: int = 2            # the first layers are always dense
 
 
@@ -54,11 +54,15 @@ class Step:
 
 
 def fit_steps(sparsity, steps, made_for):
-    """A preset, which lists steps of a run of `made_for`, for a run of `steps`."""
-    measure = sparsity.measure
+    """A preset, which lists steps of a run of `made_for`, for a run of `steps`: the same moments are computed. So fewer
+    are skipped in a row of half as many steps, between which twice as much changes."""
+    def moments(indices, first):
+        return {min(max(first, round(i * steps / made_for)), steps - 1) for i in indices}
+    measure, skip = sparsity.measure, sparsity.skip
     if not isinstance(measure, int):
-        measure = tuple(sorted({min(max(1, round(i * steps / made_for)), steps - 1) for i in measure}))
-    skip = tuple(i for i in range(1, steps) if round(i * made_for / steps) in sparsity.skip)
+        measure = tuple(sorted(moments(measure, 1)))
+    if skip:
+        skip = tuple(sorted(set(range(steps)) - moments(set(range(made_for)) - set(skip), 0)))
     return replace(sparsity, measure=measure, skip=skip)
 
 

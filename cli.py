@@ -157,7 +157,7 @@ class Settings:
     guidance: float | None = None
     seed: int = 0
     dense: bool = False                  # recompute everything at every step
-    preset: str = "balanced"             # what Chipmunk recomputes; the model's: "quality" | "balanced" | "fast"
+    preset: str = "balanced"             # what is recomputed: "columns" | "quality" | "balanced" | "fast"
     sparsity: Sparsity | None = None     # that in detail, instead of a preset; None after fill: nothing is cached
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
@@ -405,7 +405,7 @@ def parse(parser, configs, show_need):
         raise Fail("--dense and --compare exclude each other; --compare draws both")
     if sparsity is None and args.compare:
         raise Fail(f"nothing to compare: in {steps} steps preset {args.preset} is the dense model; take more --steps")
-    note_idle_flags(args, plan)
+    note_idle_flags(args, sparsity, plan)
     return args, fill(settings, configs)
 
 
@@ -427,13 +427,15 @@ def chosen_sparsity(args, config, steps):
     return sparsity
 
 
-def note_idle_flags(args, plan):
-    """Say which flags have no effect."""
+def note_idle_flags(args, sparsity, plan):
+    """Say which flags have no effect. sparsity: the chosen one."""
     idle, why = ("attn_keys", "mlp_keys", "measure_steps"), "--delta none"
     if args.dense:
         idle, why = (*idle, "delta", "skip_steps"), "--dense"
+    elif args.delta is None:
+        why = f"preset {args.preset}, which has no sparse steps (preset columns has)"
     given = [f"--{name.replace('_', '-')}" for name in idle if getattr(args, name, None) is not None]
-    if given and (args.dense or args.delta == "none"):
+    if given and (args.dense or sparsity.delta == "none"):
         note(f"{', '.join(given)}: no effect with {why}")
     elif isinstance(args.skip_steps, tuple):
         computed = [str(i) for i in args.skip_steps if not plan[i].skip]

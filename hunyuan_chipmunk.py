@@ -107,7 +107,8 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 # Columns as in the original's preset. Early steps change fastest, so most full steps are early.
 EARLY = 1, 2, 4, 7, 12, 20, 30, 40
 HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, attn_random=0.01, mlp_keep=0.0, delta="mass", measure=EARLY)
-HUNYUAN_PRESETS = {"quality": replace(HUNYUAN_COLUMNS, skip=between(EARLY, 2, 12)),
+HUNYUAN_PRESETS = {"columns": HUNYUAN_COLUMNS,
+                   "quality": replace(HUNYUAN_COLUMNS, skip=between(EARLY, 2, 12)),
                    "balanced": replace(HUNYUAN_COLUMNS, skip=between(EARLY, 3, 12)),
                    "fast": replace(HUNYUAN_COLUMNS, skip=between(EARLY, 4, 5))}
 HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.33, "sparse": 0.57, "skip": 0.001}
@@ -679,9 +680,10 @@ def generate(prompt, *, model="tiny", weights=None, width=None, height=None, fra
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
-    preset: "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute
-    everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all" (weights,
-    too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be done."""
+    preset: "columns", "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense:
+    recompute everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all"
+    (weights, too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be
+    done."""
     settings = cli.Settings(model=model, weights=weights, width=width, height=height, frames=frames, steps=steps,
                             guidance=guidance, seed=seed, preset=preset, sparsity=sparsity, dense=dense,
                             device=device, dtype=dtype, offload=offload)

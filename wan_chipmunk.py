@@ -102,7 +102,8 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 # Columns as in the original's preset. Early steps change fastest, so most full steps are early.
 EARLY = 1, 2, 4, 7, 12, 20, 30, 40
 WAN_COLUMNS = Sparsity(attn_keep=0.10, attn_random=0.01, mlp_keep=0.0, delta="paper", measure=EARLY)
-WAN_PRESETS = {"quality": replace(WAN_COLUMNS, skip=between(EARLY, 2, 12)),
+WAN_PRESETS = {"columns": WAN_COLUMNS,
+               "quality": replace(WAN_COLUMNS, skip=between(EARLY, 2, 12)),
                "balanced": replace(WAN_COLUMNS, skip=between(EARLY, 3, 12)),
                "fast": replace(WAN_COLUMNS, skip=between(EARLY, 4, 5))}
 WAN_COSTS = {"dense": 0.99, "measure": 1.44, "sparse": 0.61, "skip": 0.002}
@@ -592,9 +593,10 @@ def generate(prompt, *, model="tiny", weights=None, negative_prompt=None, width=
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
-    preset: "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute
-    everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all" (weights,
-    too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be done."""
+    preset: "columns", "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense:
+    recompute everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all"
+    (weights, too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be
+    done."""
     settings = cli.Settings(model=model, weights=weights, negative_prompt=negative_prompt, width=width, height=height,
                             frames=frames, steps=steps, guidance=guidance, seed=seed, preset=preset,
                             sparsity=sparsity, dense=dense, device=device, dtype=dtype, offload=offload)

@@ -46,7 +46,7 @@ def save(figure, name):
     """assets/NAME.png in 64 colours, white behind it whatever the page's colour."""
     out = FIGURES / f"{name}.png"
     figure.savefig(out, dpi=100, facecolor="white", bbox_inches="tight")
-    Image.open(out).convert("RGB").quantize(64).save(out, optimize=True)
+    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)
     cli.say(f"\n{out.parent.name}/{out.name}")
 
 # ---------------------------------------------------------------------------------------------------------
@@ -172,7 +172,8 @@ def observation():
                 print_row(f"{part}: {label}", *(at(curve, c) for c in columns), reaching(curve, 0.7),
                           reaching(curve, 0.9))
                 plot_shares(axes, curve, color=color, linestyle=line, label=label)
-        axes.add_patch(pyplot.Rectangle((5, 70), 20, 20, color="#bbbbbb", alpha=0.5, label="the paper: 5-25% hold 70-90%"))
+        said = "the paper: 5-25 % hold 70-90 %"
+        axes.add_patch(pyplot.Rectangle((5, 70), 20, 20, color="#bbbbbb", alpha=0.5, label=said))
         axes.axvline(100 * preset, color="black", linewidth=0.8, linestyle=":", label="kept by preset columns")
         axes.set(title=part, xlabel="% of the columns", xlim=(0, 50), ylim=(0, 101))
     both_axes[0].set_ylabel("% of the squared change")
@@ -229,7 +230,7 @@ def plan():
              for name, found in times.items()}
     print_header("a step's time, the dense model's is 1", *COLORS)
     for name, cost in costs.items():
-        print_row(f"{name} {times[name]['model']}", *(f"{cost[mode]:.2g}" for mode in COLORS))
+        print_row(f"{name} {times[name]['model']}", *(f"{cost[mode]:.3f}" for mode in COLORS))
     cli.say(f"\nthe 13 steps take {relative_time(steps, costs['flux']):.2f} of the dense model's time")
 
     figure, (top, below) = pyplot.subplots(2, 1, figsize=(10, 4.5), sharex=True, height_ratios=(3, 2))

@@ -136,8 +136,8 @@ def reaching(curve, share):
 
 
 def plot_shares(axes, curve, columns=0.5, **style):
-    x = torch.arange(1, len(curve) + 1) / len(curve)
-    axes.plot(100 * x[x <= columns], 100 * curve[x <= columns], **style)
+    n = round(columns * len(curve))
+    axes.plot([100 * (i + 1) / len(curve) for i in range(n)], (100 * curve[:n]).tolist(), **style)
 
 # ---------------------------------------------------------------------------------------------------------
 # the figures
@@ -208,8 +208,8 @@ def order():
         group = torch.empty(n, dtype=torch.long)
         group[tokens] = torch.arange(n) // GROUP                     # (N,), of each token in raster order
         group = group.view(side, side)                               # (h, w)
-        canvas.imshow(seen.picture.permute(1, 2, 0), extent=(0, side, side, 0))
-        canvas.imshow(group, extent=(0, side, side, 0), cmap="Set2", alpha=0.5)
+        canvas.imshow(seen.picture.permute(1, 2, 0).numpy(), extent=(0, side, side, 0))
+        canvas.imshow(group.numpy(), extent=(0, side, side, 0), cmap="Set2", alpha=0.5)
         canvas.set(title=f"{name}: {group.max() + 1} groups of {GROUP}", xticks=[], yticks=[])
         for part, line in ("attention", "-"), ("MLP", "--"):
             curve = curves[part, name]

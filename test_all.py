@@ -40,6 +40,7 @@ if not torch.cuda.is_available():
 import bench
 import checkpoints
 import cli
+import figures
 import flux_chipmunk
 import hunyuan_chipmunk
 import media
@@ -3419,3 +3420,51 @@ parallel.run(flux_chipmunk.main)
         return
     assert run.returncode != 0 and not (tmp_path / "a.png").exists()
     assert run.stderr.count("error: ") <= 1 and "SIGKILL" in run.stderr     # torchrun may be sooner than our line
+
+# ---------------------------------------------------------------------------------------------------------
+# the page on the method
+
+
+def test_method_page_shows_what_figures_prints_and_its_slow_lines_are_the_definition(capsys):
+    page = (HERE / "method.md").read_text(encoding="utf-8")
+    figures.example()
+    attention_lines, mlp_lines = capsys.readouterr().out.split("\n\ngelu")
+    assert f"```\n{attention_lines}\n```" in page and f"```\ngelu{mlp_lines}```" in page
+    for target in re.findall(r"\]\(([^)#]+)\)", page):
+        assert "://" in target or (HERE / target).exists(), target
+    named = re.findall(r"\[(`[^]]+`)\]\((\w+\.py)\)", page)               # [(names, the file that has them)]
+    rows = [row.split("|")[2:5] for row in re.findall(r"^\| [^`|]+\|.*`.*\|.*\|.*\|$", page, re.MULTILINE)]
+    programs, *rows = rows[next(i for i, row in enumerate(rows) if "flux_chipmunk.py" in row[0]):]
+    named += [(cell, program.strip(" `")) for row in rows for cell, program in zip(row, programs)]
+    assert len(rows) == 12
+    for names, file in named:
+        for name in re.findall(r"`(?:\w+\.)?(\w+)`", names.replace(f"`{file}`", "")):
+            assert re.search(rf"\b(def|class) {name}\b|^{name} = ", (HERE / file).read_text(encoding="utf-8"),
+                             re.MULTILINE), name
+
+    given = {"torch": torch, "itertools": itertools, "math": math}
+    exec(re.search(r"```python\n(def slow.*?)```", page, re.DOTALL)[1], given)
+    q, k, v = (torch.randn(1, 2, n, 16, dtype=torch.float64) for n in (300, 200, 200))
+    columns, counts = sk.choose_columns(torch.rand(1, 2, 3, 200), 0.2, 0.1, None, 0)
+    expected, _ = sk.column_sparse_attention(q, k, v, columns, counts)
+    torch.testing.assert_close(given["slow_column_sparse_attention"](q, k, v, columns, counts), expected)
+
+
+def test_figures_are_drawn_and_their_shares_are_right(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(figures, "FIGURES", tmp_path)
+    pytest.importorskip("matplotlib")
+    small = replace(flux_chipmunk.CONFIGS["tiny"], size=256)
+    monkeypatch.setitem(flux_chipmunk.CONFIGS, "tiny", small)
+    monkeypatch.setattr(figures, "STARTS", (5,))                            # 10 of 50 steps
+    monkeypatch.setattr(sys, "argv", ["figures.py", "observation", "order", "plan", "kernel"])
+    figures.main()
+    for name in sys.argv[1:]:
+        assert Image.open(tmp_path / f"{name}.png").width > 500 and (tmp_path / f"{name}.png").stat().st_size < 300_000
+    assert len(re.findall(r"^\| (?:attention|MLP)", capsys.readouterr().out, re.MULTILINE)) == 18
+
+    before, now = ([torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3)] for _ in range(2))
+    added = [(q @ k.mT / 2).softmax(-1)[..., None] * v[:, :, None] for q, k, v in (before, now)]     # (1, 2, 6, 6, 4)
+    torch.testing.assert_close(figures.attention_change(before, now), (added[1] - added[0]).square().sum(-1))
+    change = torch.tensor([[1.0, 0, 3], [2, 1, 1]])                         # groups of two rows: 3 1 4 of 8
+    assert figures.shares(change, 2).tolist() == [4 / 8, 7 / 8, 1]
+    assert figures.shares(change, 2, torch.tensor([[0.0, 1, 0], [0, 1, 1]])).tolist() == [1 / 8, 5 / 8, 1]

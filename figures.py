@@ -43,7 +43,7 @@ def load_pyplot():
 
 
 def save(figure, name):
-    """assets/NAME.png in 64 colours, white behind it whatever the page's colour."""
+    """assets/NAME.png in 256 colours, white behind it whatever the page's colour."""
     out = FIGURES / f"{name}.png"
     figure.savefig(out, dpi=100, facecolor="white", bbox_inches="tight")
     Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)
@@ -126,12 +126,12 @@ def shares(change, rows, rank=None):
 
 
 def at(curve, columns):
-    """A curve of `shares` at this share of the columns. -> "98.1 %" """
+    """A curve of `shares` at this share of the columns, like "98.1%"."""
     return f"{curve[math.ceil(columns * len(curve)) - 1]:.1%}"
 
 
 def reaching(curve, share):
-    """The share of the columns at which a curve of `shares` reaches this one. -> "98.1 %" """
+    """The share of the columns at which a curve of `shares` reaches this one, like "7.1%"."""
     return f"{(int((curve < share).sum()) + 1) / len(curve):.1%}"
 
 

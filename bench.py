@@ -4,14 +4,15 @@
                                (sooner with --captions 20)
     python bench.py caching    what it costs to skip steps and compute the others densely: what sparse steps must beat
     python bench.py frontier   how close to dense at which speed: step caching, the paper's rule, ours, the presets
+    python bench.py presets    how much faster the presets make the real models, by the times of `speed`
     python bench.py speed      how long the steps of FLUX.1-dev take, dense and with Chipmunk (on a GPU)
     python bench.py whole      a run of it from noise to pixels, by kind of step, and the memory it takes (on a GPU)
     python bench.py kernels    how fast the kernels are on this GPU, against the framework's fastest dense ones
     torchrun --nproc_per_node 2 bench.py speed     how long the steps take on several GPUs, and what their talk takes
 
-All but kernels take --model wan and --model hunyuan as well. score and caching draw captions whose combination of
-colour, shape and relation or motion was held out of training; score looks for what they ask for in the pixels
-(scenes.py).
+All but presets and kernels take --model wan and --model hunyuan as well. score, caching and frontier draw captions
+whose combination of colour, shape and relation or motion was held out of training; score looks for what they ask for in
+the pixels (scenes.py).
 """
 import interrupt
 if __name__ == "__main__":
@@ -321,8 +322,8 @@ def frontier(args):
                 checks = looked_at([scenes[i] for i in batch], drawn, templates)
                 things, asked = things + sum(c[0] for c in checks), asked + sum(c[1] for c in checks)
             psnrs, ssims = zip(*alike)
-            kinds = [step.mode if sparsity else "dense model" for step in make_plan(steps, sparsity)]
-            speedup = config.steps * times["eager"]["dense model"] / sum(times["eager"][kind] for kind in kinds)
+            seconds = times["compiled"]
+            speedup = run_seconds(config.steps, None, seconds) / run_seconds(steps, sparsity, seconds)
             results[family].append((speedup, mean(psnrs), mean(ssims), things / asked, label))
 
     print_header(f"{args.model} tiny, {args.captions} captions, at least", *(f"{speedup}x" for speedup in SPEEDUPS))
@@ -334,7 +335,7 @@ def frontier(args):
             cells.append(f"{psnr:.1f} dB, {ssim:.4f}, {things:.0%} ({speedup:.2f}x: {label})" if fast else "-")
         print_row(family, *cells)
     draw_frontier(pyplot, results, args.model, times)
-    cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']} on {times['device']})")
+    cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']}, compiled, on {times['device']})")
 
 
 def draw_frontier(pyplot, results, model, times):
@@ -349,6 +350,29 @@ def draw_frontier(pyplot, results, model, times):
              title=f"{model} tiny: how close to dense at which speed")
     axes.legend()
     figure.savefig(FIGURES / f"frontier-{model}.png", bbox_inches="tight")
+
+
+def run_seconds(steps, sparsity, times):
+    """How long a run takes. times: {kind of step: seconds}; where nothing is cached, a step is the plain model's."""
+    plain = sparsity is None or sparsity.delta == "none"
+    return sum(times["dense model" if plain and step.mode == "dense" else step.mode]
+               for step in make_plan(steps, sparsity))
+
+
+def presets(args):
+    """What the presets gain on the real models, by the times that `speed` noted."""
+    known = json.loads(STEP_TIMES.read_text())
+    print_header("50 steps, eager (compiled)", "dense", *flux_chipmunk.CONFIGS["dev"].presets)
+    for stem, times in known.items():
+        program, size, _ = REAL[stem]
+        config, ways = program.CONFIGS[size], (times["eager"], times["compiled"])
+        dense = [run_seconds(config.steps, None, way) for way in ways]
+        cells = ["{:.1f} s ({:.1f} s)".format(*dense)]
+        for sparsity in config.presets.values():
+            ratios = (total / run_seconds(config.steps, sparsity, way) for total, way in zip(dense, ways))
+            cells.append("{:.2f}x ({:.2f}x)".format(*ratios))
+        print_row(f"{stem} {times['model']}", *cells)
+    cli.say(f"\n({', '.join({times['device'] for times in known.values()})}, bfloat16, random weights)")
 
 # ---------------------------------------------------------------------------------------------------------
 # speed: the real models' transformers with random weights, which take about as long as trained ones
@@ -480,7 +504,7 @@ def place(args, name, config, device, ranks=None):
     """Where a real model goes; says what was estimated. -> memory.Placement"""
     program = REAL[args.model][0]
     settings = cli.Settings(model=name, frames=getattr(config, "frames", None), device=device, dtype="bfloat16",
-                            offload=args.offload)
+                            preset=args.preset, offload=args.offload)
     need, placement = memory.place(program.find_need, cli.fill(settings, program.CONFIGS), ranks)
     cli.say(f"estimated: {', '.join(memory.describe(need, placement))}; "
             f"at most {memory.gigabytes(need.on_gpu(placement))} of the GPU\n")
@@ -501,13 +525,13 @@ def speed(args):
 
 def whole(args):
     name, config, device = real_model(args)
-    whole_table(args.model, name, config, device, place(args, name, config, device))
+    whole_table(args.model, name, config, args.preset, device, place(args, name, config, device))
 
 
 @torch.no_grad()
-def whole_table(stem, name, config, device, placement=None):
-    """Time a run with random weights from noise to pixels, by preset "balanced": steps by kind, and decoding."""
-    program, sparsity, seconds = REAL[stem][0], config.presets["balanced"], []
+def whole_table(stem, name, config, preset, device, placement=None):
+    """Time a run with random weights from noise to pixels, by a preset: steps by kind, and decoding."""
+    program, sparsity, seconds = REAL[stem][0], config.presets[preset], []
     plan = make_plan(config.steps, sparsity)
 
     def watch(plan):
@@ -531,7 +555,7 @@ def whole_table(stem, name, config, device, placement=None):
             pass
     decoding = now() - start
 
-    print_header(f"{stem} {name}, {config.steps} steps, preset balanced", "steps", "a step, median", "in all")
+    print_header(f"{stem} {name}, {config.steps} steps, preset {preset}", "steps", "a step, median", "in all")
     for kind in dict.fromkeys(step.mode for step in plan):
         times = [s for mode, s in seconds if mode == kind]
         print_row(kind, str(len(times)), f"{median(times):.3f} s", f"{sum(times):.1f} s")
@@ -578,8 +602,7 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
     dense = [config.steps * seconds["dense model"] for seconds in ways.values()]
     print_row(f"**all {config.steps}, dense**", *(f"{total:.1f} s" for total in dense))
     for preset, sparsity in config.presets.items():
-        plan = make_plan(config.steps, sparsity)
-        totals = [sum(seconds[step.mode] for step in plan) for seconds in ways.values()]
+        totals = [run_seconds(config.steps, sparsity, seconds) for seconds in ways.values()]
         print_row(f"**all {config.steps}, preset {preset}**",
                   *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense, totals)))
     memory = ", ".join(f"{name} {peak / 1e9:.1f} GB" for name, peak in zip(("dense", "Chipmunk"), peaks))
@@ -721,18 +744,21 @@ def kernels(args):
 
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["score", "caching", "frontier", "speed", "whole", "kernels"])
-    parser.add_argument("--model", choices=list(DRAW), default="flux", help="of all but kernels (default: flux)")
+    parser.add_argument("table", choices=["score", "caching", "frontier", "presets", "speed", "whole", "kernels"])
+    parser.add_argument("--model", choices=list(DRAW), default="flux",
+                        help="of all but presets and kernels (default: flux)")
     parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200,
                         help="of score, caching and frontier (default: 200)")
     parser.add_argument("--frames", type=cli.number(*cli.RANGES["frames"]),
                         help="of speed and whole for videos (default: the model's; speed: 33 of hunyuan's 129)")
     parser.add_argument("--size", help="of speed and whole: which real model, like 14b (default: dev, 1.3b, 720p)")
+    parser.add_argument("--preset", choices=list(flux_chipmunk.CONFIGS["tiny"].presets), default="columns",
+                        help="of whole (default: columns)")
     parser.add_argument("--offload", choices=cli.OFFLOADS, help="of speed and whole: as in the programs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    tables = {"score": score, "caching": caching, "frontier": frontier, "speed": speed, "whole": whole,
-              "kernels": kernels}
+    tables = {"score": score, "caching": caching, "frontier": frontier, "presets": presets, "speed": speed,
+              "whole": whole, "kernels": kernels}
     tables[args.table](args)
 
 

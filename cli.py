@@ -211,7 +211,7 @@ def fill(settings, configs):
 def preset(config, name, steps):
     """A model's preset for a run of `steps`. If these are too few for it to be faster than dense: step caching alone,
     or None, dense. Raises Fail if there is no such preset."""
-    if name not in config.presets:
+    if not isinstance(name, str) or name not in config.presets:
         raise Fail(f"no preset {name!r}; choose from {', '.join(config.presets)}")
     sparsity = fit_steps(config.presets[name], steps, config.steps)
     for choice in sparsity, replace(sparsity, delta="none"):
@@ -233,14 +233,19 @@ def check_sparsity(sparsity, steps):
     if sparsity.delta not in DELTAS:
         raise Fail(f"no delta {sparsity.delta!r}; choose from {', '.join(DELTAS)}")
     for name in ("attn_keep", "attn_random", "mlp_keep"):
-        if not 0 <= getattr(sparsity, name) <= 1:
+        if not isinstance(getattr(sparsity, name), int | float) or not 0 <= getattr(sparsity, name) <= 1:
             raise Fail(f"{name} {getattr(sparsity, name)} is not {range_words(float, 0, 1)}")
     if 0 in sparsity.skip:
         raise Fail("step 0 cannot be skipped: there is nothing to reuse yet; leave 0 out of --skip-steps")
     measure = () if isinstance(sparsity.measure, int) else sparsity.measure
-    last = max((*measure, *sparsity.skip), default=0)
-    if last >= steps:
-        raise Fail(f"no step {last} to measure at or to skip: this run has the steps 0 to {steps - 1}")
+    listed = *measure, *sparsity.skip
+    if not all(isinstance(i, int) for i in listed):
+        raise Fail(f"measure {sparsity.measure!r} and skip {sparsity.skip!r} list step numbers like (1, 2, 4)")
+    for i in listed:
+        if not 0 <= i < steps:
+            raise Fail(f"no step {i} to measure at or to skip: this run has the steps 0 to {steps - 1}")
+    if not isinstance(sparsity.dense_layers, int) or sparsity.dense_layers < 0:
+        raise Fail(f"dense_layers {sparsity.dense_layers!r} counts layers: it must be 0 or more")
 
 
 def range_words(kind, low, high):
@@ -403,8 +408,8 @@ def parse(parser, configs, show_need):
         sys.exit()
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
-    if sparsity is None and args.compare:
-        raise Fail(f"nothing to compare: in {steps} steps preset {args.preset} is the dense model; take more --steps")
+    if args.compare and all(step.mode == "dense" for step in plan):
+        raise Fail(f"nothing to compare: in {steps} steps this is the dense model; take more --steps")
     note_idle_flags(args, sparsity, plan)
     return args, fill(settings, configs)
 
@@ -487,8 +492,9 @@ def recorded_flags(args, settings):
     measure = sparsity.measure
     if not isinstance(measure, int):
         measure = "".join(f"{i}," for i in measure)
-    said |= {"delta": sparsity.delta, "attn-keys": sparsity.attn_keep, "measure-steps": measure,
-             "skip-steps": ",".join(map(str, sparsity.skip)) or "none"}
-    if "mlp_keys" in args:
-        said["mlp-keys"] = sparsity.mlp_keep
+    said |= {"delta": sparsity.delta, "skip-steps": ",".join(map(str, sparsity.skip)) or "none"}
+    if sparsity.delta != "none":                                     # else these have no effect
+        said |= {"attn-keys": sparsity.attn_keep, "measure-steps": measure}
+        if "mlp_keys" in args:
+            said["mlp-keys"] = sparsity.mlp_keep
     return said

@@ -100,7 +100,9 @@ def move_weights(model, blocks, resident, device):
 
 
 def in_chunks(f, *tensors, rows=2**14):
-    """f of tensors (B, N, C), at most so many rows at a time: what f holds in between then stays small."""
+    """f of tensors (B, N, C), so many rows at a time, or more of them in eight goes: what f holds in between then stays
+    small."""
+    rows = max(rows, -(-tensors[0].shape[1] // 8))
     if tensors[0].shape[1] <= rows:
         return f(*tensors)
     return torch.cat([f(*chunks) for chunks in zip(*(x.split(rows, dim=1) for x in tensors))], dim=1)

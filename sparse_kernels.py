@@ -137,8 +137,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     q (B, H, Nq, D), k and v (B, H, Nk, D) -> o (B, H, Nq, D) in q's dtype, lse (B, H, Nq) float32: the natural
     logarithm of the row sums of exp(q k^T / sqrt(D)). On a CPU and in half precision on a GPU these are the
-    framework's own kernels, which can be differentiated.
+    framework's own kernels, which can be differentiated. Raises ValueError if a last dimension has not stride 1.
     """
+    _need(all(x.stride(-1) == 1 for x in (q, k, v)), "the last dimension of an operand must have stride 1")
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         backends = [_flash_attention, _attention_op]
         if torch.cuda.get_device_capability(q.device)[0] >= 9:

@@ -1,4 +1,4 @@
-"""Makes the tables of the README.
+"""Makes the tables of README.md and results.md.
 
     python bench.py score      does FLUX.1's tiny model draw what the prompt says, dense and with Chipmunk
                                (sooner with --captions 20)
@@ -245,7 +245,7 @@ def skipping_plans(steps, speedup):
     plans = {}
     for every in 2, 3, 4, 5, 6, 8:
         for first in range(1, steps):
-            skipped = tuple(i for i in range(first, steps) if (i - first + 1) % every)
+            skipped = between((), every, first, steps)
             if steps - len(skipped) == round(steps / speedup):
                 plans[first, every] = skipped
                 break
@@ -271,7 +271,7 @@ def caching(args):
         best, first, every = ranked[0]
         others = [f"{first}, {every}: {value:.1f}" for value, first, every in ranked[1:]]
         print_row(f"{speedup}x", f"the first {first}, then one of every {every}", f"{best:.1f} dB", "; ".join(others))
-    print(f"\n({where(device)}, float32)")
+    cli.say(f"\n({where(device)}, float32)")
 
 # ---------------------------------------------------------------------------------------------------------
 # frontier: how close to dense at which speed, by the time that the real model's steps take
@@ -519,7 +519,9 @@ def speed(args):
     ranks = parallel.start(device, heads, branches=2 if args.model == "wan" else 1)
     placement = place(args, name, config, device, ranks)
     torch.manual_seed(0)                                             # the same weights in all processes
-    speed_table(args.model, name, config, device, ranks, placement)
+    model, ways = speed_table(args.model, name, config, device, ranks, placement)
+    if ranks is None and not (args.frames or args.size or args.offload):         # as the README has them
+        note_times(args.model, model, ways, device)
     parallel.leave(ranks)
 
 
@@ -568,8 +570,8 @@ def whole_table(stem, name, config, preset, device, placement=None):
 
 @torch.no_grad()
 def speed_table(stem, name, config, device, ranks=None, placement=None):
-    """Time the steps of a model with random weights, eager and compiled; print what the presets' 50 take, and on one
-    GPU note the times in step_times.json."""
+    """Time the steps of a model with random weights, eager and compiled; print what the presets' 50 take. -> the model
+    and its size in words, {way to run: {kind of step: seconds}}"""
     model, sample = REAL[stem][2](config, device, placement)
     sparsity = replace(config.presets["columns"], measure=(1, 4), skip=(6,))     # soon shows every kind of step
     kinds = [step.mode for step in make_plan(config.steps, sparsity)][:8]
@@ -605,13 +607,18 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
         totals = [run_seconds(config.steps, sparsity, seconds) for seconds in ways.values()]
         print_row(f"**all {config.steps}, preset {preset}**",
                   *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense, totals)))
-    memory = ", ".join(f"{name} {peak / 1e9:.1f} GB" for name, peak in zip(("dense", "Chipmunk"), peaks))
-    cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: {memory})")
-    if ranks is None and name in (REAL[stem][1], "tiny"):
-        known = json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {}
-        known[stem] = {"model": f"{name}, {size}", "device": where(device), "date": str(date.today()),
-                       **{way: {kind: round(s, 4) for kind, s in times.items()} for way, times in ways.items()}}
-        STEP_TIMES.write_text(json.dumps(known, indent=1) + "\n")
+    dense_peak, peak = map(memory.gigabytes, peaks[:2])
+    cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: dense {dense_peak}, "
+            f"Chipmunk {peak})")
+    return f"{name}, {size}", ways
+
+
+def note_times(stem, model, ways, device):
+    """Write what speed_table returned into step_times.json."""
+    known = json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {}
+    known[stem] = {"model": model, "device": where(device), "date": str(date.today()),
+                   **{way: {kind: round(s, 4) for kind, s in times.items()} for way, times in ways.items()}}
+    STEP_TIMES.write_text(json.dumps(known, indent=1) + "\n")
 
 # ---------------------------------------------------------------------------------------------------------
 # kernels

@@ -2237,7 +2237,7 @@ def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
     config = tiny_run(name, PROGRAMS[name].CONFIGS["tiny"])
     monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "times.json")
     bench.STEP_TIMES.write_text('{"another": {}}')
-    bench.speed_table(name, "tiny", config, CPU)
+    bench.note_times(name, *bench.speed_table(name, "tiny", config, CPU), CPU)
     title, _, *rows, _, _ = capsys.readouterr().out.splitlines()
     assert title.startswith(f"| {name} tiny, 32x32")
     rows = [[cell.strip(" *") for cell in row.strip("|").split("|")] for row in rows]

@@ -417,12 +417,12 @@ def parse(parser, configs, show_need):
 def chosen_sparsity(args, config, steps):
     """What the flags say to recompute in a run of `steps`. -> Sparsity; None: everything.
     Raises Fail if they list a step that the run does not have."""
+    if args.dense:
+        return None
     changes = {"delta": args.delta, "attn_keep": args.attn_keys, "measure": args.measure_steps, "skip": args.skip_steps}
     if "mlp_keys" in args:                                           # FLUX alone has this flag
         changes["mlp_keep"] = args.mlp_keys
     changes = {name: value for name, value in changes.items() if value is not None}
-    if args.dense:
-        return None
     if not changes:
         return preset(config, args.preset, steps)
     sparsity = replace(fit_steps(config.presets[args.preset], steps, config.steps), **changes)

@@ -100,7 +100,7 @@ FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
 # As many columns as in the original's preset. Early steps change fastest, so most full steps are early. Skipping steps
-# alone is closest to dense up to about 3x; beyond, columns in the steps that are left (README).
+# alone is closer to dense than columns at the speed of "quality" and "balanced" (README's scores); "fast" has both.
 WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", measure=(1, 2, 4, 7, 12, 20, 30, 40))
 FEW = 1, 3, 7, 14, 24, 36
 WAN_PRESETS = {"columns": WAN_COLUMNS,

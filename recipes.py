@@ -152,7 +152,7 @@ RECIPES = {
         stages=(Stage("autoencoder", 512, 3_000, 32, 1_200, (1e-3, 1e-5), crop=256),
                 Stage("flow 128", 128, 60_000, 2048, 1_500, (1e-3, 1e-3), text=32),
                 Stage("flow 256", 256, 50_000, 512, 5_000, (1e-3, 1e-3), text=32),
-                Stage("flow 512", 512, 30_000, 256, 10_500, (1e-3, 2e-5), text=128),
+                Stage("flow 512", 512, 30_000, 256, 11_200, (1e-3, 2e-5), text=128),
                 Stage("guided 512", 512, 30_000, 256, 250, (3e-4, 0.0), text=128, guidance=5.0, ema=0.99)),
         make_scene=scenes.make_scene, make_reader=flux_reader, velocity=flux_velocity,
         middle="single_blocks.1", text_first=True,

@@ -492,6 +492,9 @@ def real_model(args):
     device = cli.pick_device(args.device)
     if device.type != "cuda":
         raise cli.Fail(f"python bench.py {args.table} needs a GPU: the real models take hours on a CPU")
+    if args.memory:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * args.memory / total))
     program, name, _ = REAL[args.model]
     name = args.size or name
     if name not in program.CONFIGS:
@@ -520,7 +523,7 @@ def speed(args):
     placement = place(args, name, config, device, ranks)
     torch.manual_seed(0)                                             # the same weights in all processes
     model, ways = speed_table(args.model, name, config, device, ranks, placement)
-    if ranks is None and not (args.frames or args.size or args.offload):         # as the README has them
+    if ranks is None and not (args.frames or args.size or args.offload or args.memory):         # as the README has them
         note_times(args.model, model, ways, device)
     parallel.leave(ranks)
 
@@ -762,6 +765,8 @@ def main():
     parser.add_argument("--preset", choices=list(flux_chipmunk.CONFIGS["tiny"].presets), default="columns",
                         help="of whole (default: columns)")
     parser.add_argument("--offload", choices=cli.OFFLOADS, help="of speed and whole: as in the programs")
+    parser.add_argument("--memory", type=cli.number(float, 1, 10_000),
+                        help="of speed and whole: GB of the GPU that may be used, as if it were a smaller one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     tables = {"score": score, "caching": caching, "frontier": frontier, "presets": presets, "speed": speed,

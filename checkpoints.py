@@ -284,10 +284,11 @@ def check_memory(make_model, dtype, device):
 def free_memory(device):
     """Bytes that can be allocated on a device."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        used = torch.cuda.memory_allocated(device)
-        free += torch.cuda.memory_reserved(device) - used            # what torch keeps for its next tensors
-        return min(free, int(torch.cuda.get_per_process_memory_fraction(device) * total) - used)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        free, total = torch.cuda.mem_get_info(index)
+        used = torch.cuda.memory_allocated(index)
+        free += torch.cuda.memory_reserved(index) - used             # what torch keeps for its next tensors
+        return min(free, int(torch.cuda.get_per_process_memory_fraction(index) * total) - used)
     return min(psutil.virtual_memory().available, cgroup_memory())
 
 

@@ -296,15 +296,10 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         h = modulate(x, shift, scale)
         w1, b1, w2, b2 = self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
-        if layer_state is None:                                            # fused, as published
-            qkv, mlp = self.linear1(h).split([3 * self.dim, 4 * self.dim], dim=-1)
-        else:                                                        # apart, for the delta; b2 is added once, below
-            qkv = F.linear(h, w1[:3 * self.dim], b1[:3 * self.dim])  # (B, T + N, 3C)
+        qkv = F.linear(h, w1[:3 * self.dim], b1[:3 * self.dim])      # (B, T + N, 3C), apart from fc1, for the delta
         q, k, v = scatter_heads(ranks, *split_heads(qkv, self.heads, self.norm))
         o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, layer_state, step)
         o = gather_heads(ranks, o).transpose(1, 2).flatten(2)        # (B, T + N, C)
-        if layer_state is None:
-            return x + gate * self.linear2(torch.cat([o, F.gelu(mlp, approximate="tanh")], dim=-1))
         mlp = chipmunk_mlp(h, w1[3 * self.dim:], b1[3 * self.dim:], w2[:, self.dim:], None, layer_state, step)
         return x + gate * (F.linear(o, w2[:, :self.dim], b2) + mlp)
 

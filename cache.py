@@ -47,6 +47,7 @@ class Sparsity:
 class Step:
     index: int
     mode: str                        # "dense" | "measure": dense, and choose what to recompute | "sparse" | "skip"
+    age: int = 0                     # steps since the last measure step before; 0: there is none
 
     @property
     def skip(self):
@@ -103,10 +104,13 @@ def make_plan(steps, sparsity):
     first = min(full - {0}, default=steps)
     computed = [i for i in range(steps) if i in full or i not in sparsity.skip]
     sparse = {i for i in computed if i > first and i not in full}
-    plan = [Step(i, "skip") for i in range(steps)]
+    plan, measured = [Step(i, "skip") for i in range(steps)], None
     for i, following in zip(computed, computed[1:] + [None]):
         full_mode = "measure" if following in sparse else "dense"
-        plan[i] = Step(i, "sparse" if i in sparse else full_mode)
+        age = 0 if measured is None else i - measured
+        plan[i] = Step(i, "sparse" if i in sparse else full_mode, age)
+        if plan[i].mode == "measure":
+            measured = i
     return plan
 
 
@@ -130,6 +134,7 @@ class LayerState:
     columns: torch.Tensor = None     # (B, H, G, K) uint16
     counts: torch.Tensor = None      # (B, H, G, P) int32
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
+    drift: torch.Tensor = None       # (B, H, N, D) float8, how much o_rest changes a step, delta="pooled" only
     lse_rest: torch.Tensor = None    # (B, H, N), delta="mass" only
     unlisted: torch.Tensor = None    # (B, H, G, M) uint8, delta="pooled" only: a block's columns that are not kept
     sample: torch.Tensor = None      # (B, M / 8, F) gelu(W1 x + b1) of every 8th row, at the last full step
@@ -140,7 +145,7 @@ class LayerState:
     homes: dict | None = None        # {name: host tensor}, for those of FOR_SPARSE that live on the host (offload.py)
 
 
-FOR_SPARSE = ("columns", "counts", "o_rest", "lse_rest", "unlisted", "act", "out", "mlp_columns", "mlp_counts")
+FOR_SPARSE = ("columns", "counts", "o_rest", "drift", "lse_rest", "unlisted", "act", "out", "mlp_columns", "mlp_counts")
 CHANGED = ("act", "out")             # of these, which only sparse steps read, what they update in place
 
 
@@ -193,6 +198,10 @@ def chipmunk_attention(q, k, v, layer_state, step):
         s.attn_work += 1
     elif step.mode == "measure":
         o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
+        if sparsity.extrapolate and sparsity.delta == "pooled" and step.age:
+            error = o - add_columns(q, k, v, s.columns, s.counts, s.o_rest, None, pool(k, v, s))
+            s.drift = (error / step.age).to(torch.float8_e5m2)
+            s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
         if sparsity.delta == "pooled":                               # a column counts for what its block's mean misses
             n = s.pooled_columns
             mean = block_means(v, n).repeat_interleave(POOL, 2)[:, :, :n]        # (B, H, n, D)
@@ -206,7 +215,8 @@ def chipmunk_attention(q, k, v, layer_state, step):
         s.o_rest, s.lse_rest = split_off_columns(q, k, v, s.columns, s.counts, o, lse, pool(k, v, s))
         s.attn_work += 1 + _share(s.counts, k.shape[2], s.unlisted)
     else:
-        o = add_columns(q, k, v, s.columns, s.counts, s.o_rest, s.lse_rest, pool(k, v, s))
+        rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)
+        o = add_columns(q, k, v, s.columns, s.counts, rest, s.lse_rest, pool(k, v, s))
         s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
     return o
 

@@ -186,7 +186,7 @@ def visit(blocks, state, step, device):
 def living_away(block, layer, mode):
     """What of a block and its layer has to come from the host. -> [(what it belongs to, the attribute's name)]"""
     weights = [(p, "data") for p in block.parameters()] if getattr(block, "on_host", False) else []
-    caches = [(layer, name) for name in layer.homes] if layer and layer.homes and mode == "sparse" else []
+    caches = [(layer, name) for name in layer.homes] if layer and layer.homes and mode in ("measure", "sparse") else []
     return weights + caches
 
 

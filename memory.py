@@ -28,7 +28,7 @@ from cache import FOR_SPARSE, Step, make_state
 from offload import evenly
 
 MARGIN = 1.1                   # for what the allocator loses between tensors, and libraries work with
-REHEARSED = Step(0, "dense"), Step(1, "measure"), Step(2, "measure"), Step(3, "sparse")
+REHEARSED = Step(0, "dense"), Step(1, "measure"), Step(2, "measure", 1), Step(3, "sparse", 1)
 
 # ---------------------------------------------------------------------------------------------------------
 # rehearsal

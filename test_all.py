@@ -689,6 +689,7 @@ def test_plan_says_what_every_step_does():
     plan = make_plan(50, Sparsity(measure=10))
     assert [s.index for s in plan if s.mode == "measure"] == [1, 10, 20, 30, 40]
     assert [s.index for s in plan if s.mode == "dense"] == [0]
+    assert [s.age for s in plan[:12]] == [0, 0, *range(1, 10), 1]           # since the measure step before
     plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10)))         # 8 measures all the same
     assert [s.mode for s in plan[:4]] == ["dense", "dense", "dense", "measure"]
     assert [s.mode for s in plan[4:8]] == ["sparse", "skip", "sparse", "sparse"]
@@ -697,6 +698,7 @@ def test_plan_says_what_every_step_does():
     assert [s.index for s in plan if s.skip] == [5, 8, 10] and {s.mode for s in plan} == {"dense", "skip"}
     plan = make_plan(6, Sparsity(measure=(1, 2, 4)))
     assert [s.mode for s in plan] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
+    assert [s.age for s in plan] == [0, 0, 0, 1, 2, 1]
     assert [s.mode for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4      # nothing sparse would follow
     assert make_plan(1, Sparsity())[0].mode == "dense"
     assert make_plan(50, Sparsity()) == make_plan(50, Sparsity())
@@ -858,6 +860,27 @@ def test_pooled_keeps_what_means_miss_and_follows_the_rest():
     assert layer.o_rest.norm() < 1e-5 * o.norm()
     q, k, v = torch.randn_like(q), alike(), alike()                         # so all may change, and nothing is lost
     assert_near(chipmunk_attention(q, k, v, layer, sparse), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("extrapolate", [True, False])
+def test_the_rest_goes_on_as_between_two_measure_steps(extrapolate):
+    """v moves by the same at every step, and with it all sums over it. Only the drift's 8 bits are in the way."""
+    sparsity = Sparsity(attn_keep=0.0, delta="pooled", measure=(1, 4), extrapolate=extrapolate, dense_layers=0)
+    static = torch.arange(256) % 7 == 0                                     # so that both lists are the same
+    layer, errors = make_state(1, sparsity, 256, static, 0, CPU).layers[0], []
+    q, k, v, moves = torch.randn(4, 1, 2, 256, 32, dtype=torch.float64)
+    for step in make_plan(8, sparsity):
+        o = chipmunk_attention(q, k, v + step.index * moves, layer, step)
+        errors.append(F.scaled_dot_product_attention(q, k, v + step.index * moves) - o)
+    slope = errors[3] / 2                                                   # two steps after the first measure step
+    assert_near(errors[2], slope)
+    if extrapolate:
+        assert layer.drift.dtype == torch.float8_e5m2
+        assert ((layer.drift.double() - slope).abs() <= slope.abs() / 8 + 1e-5).all()
+        slope = slope - layer.drift.double()                                # what is left of it
+    for age in 1, 2, 3:
+        assert_near(errors[4 + age], age * slope)
+    assert layer.attn_work == pytest.approx(3 + (5 + 2 + extrapolate) * (static.sum() + 4) / 256)
 
 
 def test_mlp_keeps_what_moved_most_and_weighs_most():
@@ -1052,7 +1075,8 @@ def test_what_is_needed_from_the_host_comes_a_layer_ahead():
 
 
 @pytest.mark.parametrize("mode, schedule", [
-    ("dense", "0 1 2 3 4"), ("measure", "0 1 1>all 2 3 3>all 4"), ("sparse", ">1 0 >3 1 1>mlp 2 3 3>mlp 4")])
+    ("dense", "0 1 2 3 4"), ("measure", ">1 0 >3 1 1>all 2 3 3>all 4"),
+    ("sparse", ">1 0 >3 1 1>mlp 2 3 3>mlp 4")])
 def test_each_kind_of_step_copies_what_it_must(monkeypatch, mode, schedule):
     """Of five layers 0 is dense, and 1 and 3 live on the host. >3: what layer 3 needs starts to come; 3: it computes;
     3>all, 3>mlp: what it remembers starts to leave, or its MLP's part alone."""
@@ -1133,7 +1157,7 @@ def test_copies_may_be_as_late_as_they_are_waited_for(monkeypatch, name):
                 target.copy_(source())
         if lane:
             lane.due = [due for due in lane.due if not any(due is pair for pair in copies)]
-    sparsity = Sparsity(attn_keep=0.1, mlp_keep=0.2, measure=(1, 4), delta="mass", dense_layers=1)
+    sparsity = Sparsity(attn_keep=0.1, mlp_keep=0.2, measure=(1, 4), delta="pooled", dense_layers=1)
     want, _ = sample_small(name, random_model(name), GRID[name], sparsity, steps=7)
     monkeypatch.setattr(offload, "Lane", Late)
     monkeypatch.setattr(offload, "wait", finish)
@@ -2739,9 +2763,10 @@ def small_settings(monkeypatch, name, grid, text_length, **changes):
 @pytest.mark.parametrize("mlp_keep", [0.0, 0.3])
 @each_model
 def test_caches_need_what_was_estimated(monkeypatch, name, delta, mlp_keep):
-    sparsity = Sparsity(attn_keep=0.2, attn_random=0.02, mlp_keep=mlp_keep, measure=(1,), delta=delta, dense_layers=1)
+    sparsity = Sparsity(attn_keep=0.2, attn_random=0.02, mlp_keep=mlp_keep, measure=(1, 3), delta=delta,
+                        dense_layers=1)
     grid = GRID[name] if name == "wan" else ODD_GRID[name]                  # an edge of incomplete voxels may keep more
-    pairs, state = run_steps(name, sparsity, grid, 9, 3)
+    pairs, state = run_steps(name, sparsity, grid, 9, 5)
     need = PROGRAMS[name].find_need(small_settings(monkeypatch, name, grid, 9, sparsity=sparsity))
     caches = tuple(memory.layer_bytes(layer, offload.FOR_SPARSE) for layer in state.layers if layer)
     assert need.caches == caches and sum(caches) + need.other_caches == memory.state_bytes(state)

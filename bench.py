@@ -47,8 +47,8 @@ import wan_chipmunk
 from cache import Sparsity, between, fit_steps, make_plan, make_state
 from offload import move_caches, move_weights
 from scenes import check, check_videos, is_flat, make_moving_scene, make_scene, turned_shapes
-from sparse_kernels import (GROUP, add_columns, attention, attention_triton, attention_with_column_mass,
-                            choose_columns, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
+from sparse_kernels import (GROUP, attention, attention_triton, attention_with_column_mass, choose_columns,
+                            column_sparse_attention, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
 
 BATCH = 20                     # pictures or videos drawn at a time
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
@@ -699,14 +699,14 @@ def attention_rows(case, heads, n, keep):
     ours = milliseconds(lambda: choose_columns(mass, keep, 0.01, None, 1))
     kernel_row("choose columns, and 1 % at random", *against, ours, f"{ours / dense:.1%} of its time")
     columns, counts = choose_columns(mass, keep, 0.0, None, 1)
-    ours = milliseconds(lambda: add_columns(q, k, v, columns, counts, o, lse))
+    ours = milliseconds(lambda: column_sparse_attention(q, k, v, columns, counts, o, 1))
     kernel_row(f"column-sparse attention, {keep:.1%} kept", *against, ours, f"**{dense / ours:.2f}x**",
                f"{1 / keep:.1f}x", keep * flops)
     if n < 10_000:
         flex = flex_ms(q, k, v, columns, counts)
         kernel_row("the same columns by flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-",
                    keep * flops)
-        ours = milliseconds(lambda: add_columns(q, k, v, columns, torch.zeros_like(counts), o, lse))
+        ours = milliseconds(lambda: column_sparse_attention(q, k, v, columns, torch.zeros_like(counts), o, 1))
         kernel_row("*limit: with empty lists, cache in and out only*", *against, ours, f"{dense / ours:.2f}x")
 
 

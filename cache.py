@@ -2,14 +2,14 @@
 
 Attention, for every group g of 128 queries. S is the set of columns (keys) that the group keeps:
 
-    measure   o, mass = attention(q, k, v);  S = top columns by mass (+ random, + static);  rest = o "minus" o_S
-    sparse    o = rest "plus" o_S            o_S from fresh q, k, v over the columns S alone
+    measure   o, mass = attention(q, k, v);  S = top columns by mass (+ random, + static);  rest = o - o_S
+    sparse    o = rest + o_S               o_S from fresh q, k, v over the columns S alone
 
-"minus" and "plus" come in three kinds. delta="paper": subtract and add softmaxes that are each normalised over their
-own columns. delta="mass": the rest is an attention result with a log-sum-exp of its own, and adding it back is the
-usual merge of two partial softmaxes; so probability can move between the fresh and the remembered part.
-delta="pooled": as "paper", but o_S also attends to the fresh mean of every 64 neighbouring columns, counted as often as
-these have columns outside S. The rest is then small. S is chosen by mass times the distance of v from its block's mean.
+o_S comes in two kinds. delta="paper": a softmax over the columns S. delta="pooled": it also goes over the fresh mean of
+every 64 neighbouring columns, counted as often as these have columns outside S. The rest is then small. S is chosen by
+mass times the distance of v from its block's mean. From the second measure step on the rest follows what happens: it
+is also taken for the columns kept so far, and how far that went since the measure step before, divided by the steps
+between, is the drift, which every sparse step adds once more.
 
 MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows:
 
@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from sparse_kernels import (GROUP, POOL, Pooled, add_columns, attention, attention_with_column_mass, block_means,
-                            choose_columns, count_unlisted, sparse_mlp_fc1, sparse_mlp_fc2, split_off_columns)
+from sparse_kernels import (GROUP, POOL, Pooled, attention, attention_with_column_mass, block_means, choose_columns,
+                            column_sparse_attention, count_unlisted, sparse_mlp_fc1, sparse_mlp_fc2)
 
 SAMPLED = 8                    # of every so many rows of the MLP, one tells which columns move
 
@@ -38,8 +38,8 @@ class Sparsity:
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
     measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
     skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
-    delta: str = "paper"             # "pooled" | "mass" | "paper" | "none": no sparse steps, all but skipped are dense
-    extrapolate: bool = True         # skipped steps go on as the last two computed ones did; or they repeat the last
+    delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
+    extrapolate: bool = True         # what is reused goes on as the last two times it was computed; or it stays
     dense_layers: int = 2            # the first layers are always dense
 
 
@@ -135,7 +135,6 @@ class LayerState:
     counts: torch.Tensor = None      # (B, H, G, P) int32
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
     drift: torch.Tensor = None       # (B, H, N, D) float8, how much o_rest changes a step, delta="pooled" only
-    lse_rest: torch.Tensor = None    # (B, H, N), delta="mass" only
     unlisted: torch.Tensor = None    # (B, H, G, M) uint8, delta="pooled" only: a block's columns that are not kept
     sample: torch.Tensor = None      # (B, M / 8, F) gelu(W1 x + b1) of every 8th row, at the last full step
     act: torch.Tensor = None         # (B, F, M) gelu(W1 x + b1), column after column
@@ -145,7 +144,7 @@ class LayerState:
     homes: dict | None = None        # {name: host tensor}, for those of FOR_SPARSE that live on the host (offload.py)
 
 
-FOR_SPARSE = ("columns", "counts", "o_rest", "drift", "lse_rest", "unlisted", "act", "out", "mlp_columns", "mlp_counts")
+FOR_SPARSE = ("columns", "counts", "o_rest", "drift", "unlisted", "act", "out", "mlp_columns", "mlp_counts")
 CHANGED = ("act", "out")             # of these, which only sparse steps read, what they update in place
 
 
@@ -193,31 +192,32 @@ def chipmunk_attention(q, k, v, layer_state, step):
     if layer_state is None:
         return F.scaled_dot_product_attention(q, k, v)
     s, sparsity = layer_state, layer_state.sparsity
+
+    def with_columns(base, sign):
+        """base plus or minus the attention to the columns S, and to the means of the others. -> (B, H, N, D)"""
+        s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
+        return column_sparse_attention(q, k, v, s.columns, s.counts, base, sign, pool(k, v, s))
+
+    if step.mode == "sparse":
+        rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)
+        return with_columns(rest, 1)
+    s.attn_work += 1
     if step.mode == "dense":
         o, s.lse = attention(q, k, v)
-        s.attn_work += 1
-    elif step.mode == "measure":
-        o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
-        if sparsity.extrapolate and sparsity.delta == "pooled" and step.age:
-            error = o - add_columns(q, k, v, s.columns, s.counts, s.o_rest, None, pool(k, v, s))
-            s.drift = (error / step.age).to(torch.float8_e5m2)
-            s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
-        if sparsity.delta == "pooled":                               # a column counts for what its block's mean misses
-            n = s.pooled_columns
-            mean = block_means(v, n).repeat_interleave(POOL, 2)[:, :, :n]        # (B, H, n, D)
-            mass[..., :n] *= (v[:, :, :n] - mean).norm(dim=-1)[:, :, None]       # (B, H, G, n)
-        s.columns, s.counts = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step),
-                                             s.static_most)
-        del mass                                                     # (B, H, G, Nk) is large
-        if sparsity.delta == "pooled":
-            s.unlisted = count_unlisted(s.columns, s.counts, s.pooled_columns)   # (B, H, G, M)
-        lse = s.lse if sparsity.delta == "mass" else None
-        s.o_rest, s.lse_rest = split_off_columns(q, k, v, s.columns, s.counts, o, lse, pool(k, v, s))
-        s.attn_work += 1 + _share(s.counts, k.shape[2], s.unlisted)
-    else:
-        rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)
-        o = add_columns(q, k, v, s.columns, s.counts, rest, s.lse_rest, pool(k, v, s))
-        s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
+        return o
+    o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
+    n = s.pooled_columns
+    if sparsity.delta == "pooled":                                   # a column counts for what its block's mean misses
+        mean = block_means(v, n).repeat_interleave(POOL, 2)[:, :, :n]            # (B, H, n, D)
+        mass[..., :n] *= (v[:, :, :n] - mean).norm(dim=-1)[:, :, None]           # (B, H, G, n)
+    chosen = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step), s.static_most)
+    del mass                                                         # (B, H, G, Nk) is large
+    if step.age and sparsity.extrapolate:
+        s.drift = ((with_columns(o, -1) - s.o_rest) / step.age).to(torch.float8_e5m2)
+    s.columns, s.counts = chosen
+    if sparsity.delta == "pooled":
+        s.unlisted = count_unlisted(s.columns, s.counts, n)          # (B, H, G, M)
+    s.o_rest = with_columns(o, -1)
     return o
 
 

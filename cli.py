@@ -22,7 +22,7 @@ from interrupt import at_ctrl_c
 from sparse_kernels import NO_KERNEL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DELTAS = ("pooled", "mass", "paper", "none")
+DELTAS = ("pooled", "paper", "none")
 OFFLOADS = ("none", "caches", "all")
 RANGES = {"width": (int, 64, 2048), "height": (int, 64, 2048), "frames": (int, 1, 1001), "fps": (int, 1, 120),
           "steps": (int, 1, 1000), "guidance": (float, 0, 100), "seed": (int, 0, 2**63 - 1)}

@@ -27,7 +27,7 @@ import cli
 import flux_chipmunk
 from bench import FIGURES, STEP_TIMES, print_header, print_row
 from cache import Sparsity, Step, between, chipmunk_attention, chipmunk_mlp, make_plan, make_state, relative_time
-from sparse_kernels import GROUP, attention, attention_with_column_mass, column_sparse_attention
+from sparse_kernels import GROUP, attention, attention_with_column_mass
 
 PROMPT, SEED = "a small orange heart above a large cyan triangle on a purple background", 6
 STARTS = 5, 15, 25, 35, 45     # changes are taken from these steps to the next one, and to the 4th after them
@@ -324,19 +324,15 @@ def attention_example():
     say("mass of the five columns", mass)
     say("the old result, kept: off by", (o - o_now)[..., 0])
 
-    for delta in "paper", "mass", "pooled":
+    for delta in "paper", "pooled":
         sparsity = Sparsity(attn_keep=0.4, delta=delta, dense_layers=0)
         state = make_state(1, sparsity, 5, None, 0, "cpu").layers[0]
         for i, (mode, qkv) in enumerate((("dense", then), ("measure", then), ("sparse", now))):
             result = chipmunk_attention(*qkv, state, Step(i, mode))
-        o_S, o_S_now = (column_sparse_attention(*qkv, state.columns, state.counts)[0] for qkv in (then, now))
-        if delta == "pooled":                                        # of S and the mean of the other columns
-            o_S, o_S_now = o - state.o_rest, result - state.o_rest
+        o_S, o_S_now = o - state.o_rest, result - state.o_rest       # "pooled": of S and the mean of the other columns
         cli.say(f"\n{delta}: S = {state.columns[0, 0, 0, :int(state.counts)].tolist()}")
         say("o_S, measure step", o_S[..., 0])
         say("o_rest", state.o_rest[..., 0])
-        if delta == "mass":
-            say("weight of the rest, exp(lse_rest)", state.lse_rest.exp())
         say("o_S, next step", o_S_now[..., 0])
         say("result, next step", result[..., 0])
         say("off by", (result - o_now)[..., 0])

@@ -2,20 +2,18 @@
 
 GROUP neighbouring query rows share one list S_g of key columns and attend to these columns only:
 
-    o_i = sum_{j in S_g} exp(s_ij - lse_i) v_j,   lse_i = log sum_{j in S_g} exp(s_ij),   s = q k^T / sqrt(D)
+    o_S_i = sum_{j in S_g} exp(s_ij) v_j / sum_{j in S_g} exp(s_ij),   s = q k^T / sqrt(D)
 
     op                          in -> out                                      in one phrase
     attention                   q, k, v -> o, lse                              dense attention
     attention_with_column_mass  q, k, v, lse_prev -> o, lse, mass              and how much each column is attended to
     choose_columns              mass, keep, random, static -> columns, counts  the list S_g of every group
     block_means, count_unlisted x, n -> means; columns, counts, n -> unlisted  means stand in for unlisted columns
-    column_sparse_attention     q, k, v, columns, counts -> o_S, lse_S         softmax over S_g only
-    split_off_columns           ..., o, lse -> o_rest, lse_rest                dense without S_g: what a cache holds
-    add_columns                 ..., o_rest, lse_rest -> o                     the cache plus a fresh S_g
+    column_sparse_attention     q, k, v, columns, counts, base, sign -> o      base plus or minus the softmax over S_g
     sparse_mlp_fc1              x, w1, b1, columns, counts, act -> delta       how listed hidden columns changed
     sparse_mlp_fc2              delta, w2t, columns, counts, out -> out        their change, added onto the output
 
-The file goes op by op; the three around column_sparse_attention share one definition and one kernel. For each op X:
+The file goes op by op. For each op X:
 
     X         the contract; runs X_triton on a GPU and X_ref elsewhere
     X_ref     the definition
@@ -58,7 +56,6 @@ GROUP = 128                     # query rows per group: the [128, 1] pattern
 POOL = 64                       # neighbouring columns that one mean stands in for
 PAGE = 2 ** 16                  # columns that 16 bits tell apart
 LOG2E = 1.0 / math.log(2.0)     # kernels use exp2; the public lse is a natural logarithm
-TINY_REST = 2.0 ** -17          # a share of the softmax below this is rounding error of an fp32 lse and counts as 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -713,51 +710,25 @@ def count_unlisted(columns: Tensor, counts: Tensor, n: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# column-sparse attention: alone, split off a dense result, or added to a cached rest
+# column-sparse attention, added to a base or taken from it
 
 
-def column_sparse_attention(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of each group of rows to its listed columns only.
+def column_sparse_attention(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, base: Tensor, sign: float,
+                            pooled: Pooled | None = None) -> Tensor:
+    """base + sign * o_S, where o_S is the attention of each group of rows to its listed columns only.
 
-    q (B, H, Nq, D), k and v (B, H, Nk, D), columns (B, H, G, K) uint16, counts (B, H, G, P) int32 -> o_S
-    (B, H, Nq, D) in q's dtype, lse_S (B, H, Nq) float32. An empty list gives o_S = 0 and lse_S = -inf.
+    q (B, H, Nq, D), k and v (B, H, Nk, D), columns (B, H, G, K) uint16, counts (B, H, G, P) int32, base (B, H, Nq, D)
+    -> (B, H, Nq, D) in q's dtype. An empty list gives o_S = 0. With pooled, the softmax also goes over the blocks'
+    means, as often as they stand for columns. The dense result as base and sign -1 leave the rest, which a cache holds;
+    the rest and sign 1, with fresh q, k, v and means, make the output of a sparse step: the dense result if q, k and v
+    have not changed.
     """
-    return _column_sparse_attention_op(q, k, v, columns, counts, None, None, "none")
+    return _column_sparse_attention_op(q, k, v, columns, counts, base, sign, *(pooled or ()))
 
 
-def split_off_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, o: Tensor,
-                      lse: Tensor | None, pooled: Pooled | None = None) -> tuple[Tensor, Tensor | None]:
-    """What is left of the dense result o (B, H, Nq, D) without the listed columns: the cache of a measure step.
-
-    Shapes as in `column_sparse_attention` -> o_rest (B, H, Nq, D), lse_rest (B, H, Nq) or None. With pooled, S also
-    holds the blocks' means, as often as they stand for columns. Two rules:
-      lse None   the paper's:  o_rest = o - o_S
-      lse given  by mass: S has the share w = exp(lse_S - lse) of the softmax, and the rest is a softmax of its own:
-                 o_rest = (o - w o_S) / (1 - w), lse_rest = lse + log(1 - w). If nothing is left (w = 1 within
-                 rounding), o_rest = 0 and lse_rest = -inf.
-    """
-    o_rest, lse_rest = _column_sparse_attention_op(q, k, v, columns, counts, o, lse, "split", *(pooled or ()))
-    return o_rest, None if lse is None else lse_rest
-
-
-def add_columns(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, o_rest: Tensor,
-                lse_rest: Tensor | None, pooled: Pooled | None = None) -> Tensor:
-    """Fresh listed columns plus the cached rest: the attention output (B, H, Nq, D) of a sparse step.
-
-    Shapes as in `column_sparse_attention`; o_rest, lse_rest as `split_off_columns` made them. Its two rules:
-      lse_rest None   o = o_rest + o_S
-      lse_rest given  two partial softmaxes merge: o = o_rest + sigmoid(lse_S - lse_rest) (o_S - o_rest)
-    Both give the dense result if q, k, v have not changed, or if every column is listed. pooled: as it was split off,
-    with means of the fresh k and v.
-    """
-    return _column_sparse_attention_op(q, k, v, columns, counts, o_rest, lse_rest, "add", *(pooled or ()))[0]
-
-
-def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor,
-                                o: Tensor | None = None, lse: Tensor | None = None, epilogue: str = "none",
-                                k_mean: Tensor | None = None, v_mean: Tensor | None = None,
-                                unlisted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """All three: epilogue "none", "split" with the dense o, lse, or "add" with the cached o_rest, lse_rest."""
+def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, base: Tensor,
+                                sign: float, k_mean: Tensor | None = None, v_mean: Tensor | None = None,
+                                unlisted: Tensor | None = None) -> Tensor:
     (B, H, Nq, D), Nk = q.shape, k.shape[2]
     index, in_list = listed_columns(columns[..., :max(1, int(counts.max()))], counts)  # (B, H, G, K) each
     head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
@@ -774,37 +745,17 @@ def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor
         k_S, v_S = (torch.cat([x, mean[:, :, None].expand(-1, -1, x.shape[2], -1, -1)], 3)
                     for x, mean in ((k_S, k_mean), (v_S, v_mean)))                # (B, H, G, K + M, D)
         bias = torch.cat([bias, unlisted.to(bias.dtype).log()], -1)               # (B, H, G, K + M)
-    o_S, lse_S, _ = _softmax(q_g, k_S, v_S, bias[..., None, :])                   # (B, H, G, GROUP, D)
-    o_S = o_S.flatten(2, 3)[:, :, :Nq]                                            # (B, H, Nq, D)
-    lse_S = lse_S.flatten(2, 3)[:, :, :Nq]                                        # (B, H, Nq)
-
-    result_lse = None
-    if epilogue == "none":
-        result = o_S
-        result_lse = lse_S.contiguous()
-    elif lse is None:
-        result = o - o_S if epilogue == "split" else o + o_S
-    elif epilogue == "split":
-        share = torch.exp(lse_S - lse)[..., None]                                 # (B, H, Nq, 1)
-        left = torch.where(1 - share > TINY_REST, 1 - share, 0)
-        result = torch.where(left > 0, (o - share * o_S) / left, 0)
-        result_lse = (lse + left[..., 0].log()).contiguous()
-    else:
-        share = torch.where(lse_S == -torch.inf, 0, torch.sigmoid(lse_S - lse))[..., None]
-        result = o + share * (o_S - o)
-    return result.to(q.dtype).contiguous(), result_lse
+    o_S = _softmax(q_g, k_S, v_S, bias[..., None, :])[0]                          # (B, H, G, GROUP, D)
+    return (base + sign * o_S.flatten(2, 3)[:, :, :Nq]).to(q.dtype).contiguous()  # (B, H, Nq, D)
 
 
 @_jit
 def _column_sparse_attention_kernel(
-        q_ptr, k_ptr, v_ptr, columns_ptr, counts_ptr, k_mean_ptr, v_mean_ptr, unlisted_ptr,
-        base_ptr, base_lse_ptr, o_ptr, lse_ptr,
+        q_ptr, k_ptr, v_ptr, columns_ptr, counts_ptr, k_mean_ptr, v_mean_ptr, unlisted_ptr, base_ptr, o_ptr,
         stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-        stride_bb, stride_bh, stride_bn, H, Nq, K, M, scale, TINY_REST: tl.constexpr, EPILOGUE: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, LOG2E: tl.constexpr,
-        WIDE_OFFSETS: tl.constexpr, PAGES: tl.constexpr):
-    """One program: one group of rows against its listed columns. They are then split off the base, a dense result, or
-    added to the base, a cached rest. All lse are to base 2 here."""
+        stride_bb, stride_bh, stride_bn, H, Nq, K, M, scale, sign, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        D: tl.constexpr, LOG2E: tl.constexpr, WIDE_OFFSETS: tl.constexpr, PAGES: tl.constexpr):
+    """One program: one group of rows against its listed columns, added to its rows of the base."""
     g = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     b = head // H
@@ -819,14 +770,9 @@ def _column_sparse_attention_kernel(
     counts_ptr += group * PAGES
     count = tl.load(counts_ptr + PAGES - 1)
 
-    if EPILOGUE == "add" and base_lse_ptr is not None:                            # go on where the rest's softmax ended
-        acc = _load_rows(base_ptr, b, h, rows, stride_bb, stride_bh, stride_bn, Nq, D).to(tl.float32)     # (rows, D)
-        m = tl.load(base_lse_ptr + head * Nq + rows, mask=rows < Nq, other=0.0) * LOG2E
-        z = tl.where(m > -float("inf"), 1.0, 0.0)                                 # (rows,)
-    else:
-        acc = tl.zeros((BLOCK_M, D), tl.float32)
-        m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-        z = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    z = tl.zeros((BLOCK_M,), tl.float32)
     full = count // BLOCK_N * BLOCK_N
     index = _load_columns(columns_ptr, counts_ptr, lane, count, PAGES)            # (columns,)
     for start in range(0, full, BLOCK_N):
@@ -846,70 +792,37 @@ def _column_sparse_attention_kernel(
             acc, m, z, _ = _attend_tile(q, k_mean_ptr + head * M * D, v_mean_ptr + head * M * D, D, D, block, block < M,
                                         scale, acc, m, z, D, WIDE_OFFSETS, TRACK_MAX=True, weight=unlisted)
 
-    o = acc / tl.where(z > 0, z, 1.0)[:, None]                                    # (rows, D); 0 for an empty list
-    lse = m + tl.log2(tl.where(z > 0, z, 1.0))                                    # (rows,); -inf for an empty list
-    if EPILOGUE == "split" or EPILOGUE == "add" and base_lse_ptr is None:
-        base = _load_rows(base_ptr, b, h, rows, stride_bb, stride_bh, stride_bn, Nq, D).to(tl.float32)    # (rows, D)
-        if base_lse_ptr is not None:
-            base_lse = tl.load(base_lse_ptr + head * Nq + rows, mask=rows < Nq, other=0.0) * LOG2E
-            share = tl.exp2(lse - base_lse)                                       # (rows,)
-            left = tl.where(1.0 - share > TINY_REST, 1.0 - share, 0.0)
-            o = (base - share[:, None] * o) / tl.where(left > 0, left, float("inf"))[:, None]
-            lse = base_lse + tl.log2(left)
-        elif EPILOGUE == "split":
-            o = base - o
-        else:
-            o = base + o
-    _store_rows(o_ptr, lse_ptr, o, lse, head, rows, Nq, D, LOG2E)
+    o_S = acc / tl.where(z > 0, z, 1.0)[:, None]                                  # (rows, D); 0 for an empty list
+    base = _load_rows(base_ptr, b, h, rows, stride_bb, stride_bh, stride_bn, Nq, D).to(tl.float32)        # (rows, D)
+    _store_rows(o_ptr, None, base + sign * o_S, None, head, rows, Nq, D, LOG2E)
 
 
-def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor,
-                                   o: Tensor | None = None, lse: Tensor | None = None, epilogue: str = "none",
-                                   k_mean: Tensor | None = None, v_mean: Tensor | None = None,
-                                   unlisted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, base: Tensor,
+                                   sign: float, k_mean: Tensor | None = None, v_mean: Tensor | None = None,
+                                   unlisted: Tensor | None = None) -> Tensor:
     _check_operands(q, k, v)
     B, H, Nq, D = q.shape
-    base = q if o is None else o                            # q stands in: without an epilogue the base is never read
     if base.stride(-1) != 1:
         base = base.contiguous()
-    base_lse = None if lse is None else lse.contiguous()
-    result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    result_lse = None
-    if _returns_lse(epilogue, lse):
-        result_lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
-    M = 0
+    result, M = torch.empty(q.shape, dtype=q.dtype, device=q.device), 0
     if unlisted is not None:
         k_mean, v_mean, unlisted = k_mean.contiguous(), v_mean.contiguous(), unlisted.contiguous()
         M = unlisted.shape[-1]
     # 8 warps, 3 stages: fastest for long lists on an H100
     _column_sparse_attention_kernel[(triton.cdiv(Nq, GROUP), B * H)](
-        q, k, v, columns.contiguous(), counts.contiguous(), k_mean, v_mean, unlisted,
-        base, base_lse, result, result_lse,
+        q, k, v, columns.contiguous(), counts.contiguous(), k_mean, v_mean, unlisted, base, result,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base.stride()[:3], H, Nq, columns.shape[-1], M,
-        LOG2E / math.sqrt(D), TINY_REST=TINY_REST, EPILOGUE=epilogue, **_attention_constants(q, k, v),
-        PAGES=counts.shape[-1], num_warps=8, num_stages=_stages(q))
-    return result, result_lse
+        LOG2E / math.sqrt(D), float(sign), **_attention_constants(q, k, v), PAGES=counts.shape[-1], num_warps=8,
+        num_stages=_stages(q))
+    return result
 
 
-def _returns_lse(epilogue: str, lse: Tensor | None) -> bool:
-    return epilogue == "none" or epilogue == "split" and lse is not None
-
-
-def _empty_column_sparse_attention(q, k, v, columns, counts, o, lse, epilogue, k_mean=None, v_mean=None, unlisted=None):
-    lse_shape = q.shape[:3] if _returns_lse(epilogue, lse) else (0,)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
-
-
-@_op("column_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor counts, Tensor? o, Tensor? lse, "
-     "str epilogue, Tensor? k_mean=None, Tensor? v_mean=None, Tensor? unlisted=None) -> (Tensor, Tensor)",
-     _empty_column_sparse_attention)
-def _column_sparse_attention_op(q, k, v, columns, counts, o, lse, epilogue, k_mean=None, v_mean=None, unlisted=None):
+@_op("column_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor counts, Tensor base, float sign, "
+     "Tensor? k_mean=None, Tensor? v_mean=None, Tensor? unlisted=None) -> Tensor",
+     lambda q, *_: q.new_empty(q.shape))
+def _column_sparse_attention_op(q, k, v, columns, counts, base, sign, k_mean=None, v_mean=None, unlisted=None):
     run = _pick(q, column_sparse_attention_triton, column_sparse_attention_ref)
-    result, result_lse = run(q, k, v, columns, counts, o, lse, epilogue, k_mean, v_mean, unlisted)
-    if result_lse is None:                                  # an op returns tensors only: an empty one says None
-        result_lse = q.new_empty(0, dtype=torch.float32)
-    return result, result_lse
-
+    return run(q, k, v, columns, counts, base, sign, k_mean, v_mean, unlisted)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the first layer of the MLP: how its listed hidden columns changed

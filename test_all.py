@@ -245,40 +245,23 @@ def test_column_sparse_attention_equals_sums_over_its_columns(poison, kind, dtyp
     run, (q, k, v) = op("column_sparse_attention", kind), inputs(Nq, Nk, D, dtype, strided=D != 16)
     lists = columns, counts = random_columns(Nq, Nk)
     allowed = mask_of(columns, counts, Nq, Nk)                              # (B, H, Nq, Nk)
-    o, lse, _ = naive_attention(q, k, v)
     o_S, lse_S, _ = naive_attention(q, k, v, allowed)
-    lse_rest = naive_attention(q, k, v, ~allowed)[1]
     empty = lse_S == -torch.inf
     assert empty.any() and allowed.all(-1).any(), "the lists must include empty and full ones"
     baseline = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).masked_fill(empty[..., None], 0)
     error = baseline.double() - o_S                                         # (B, H, Nq, D) the framework's
 
-    got, got_lse = run(q, k, v, *lists, None, None, "none")
+    got = run(q, k, v, *lists, torch.zeros_like(q), 1)
     assert got.dtype == dtype and not got[empty].any()
     assert_no_worse(got, o_S, baseline)
-    assert_lse(got_lse, lse_S)
-
-    o, lse = o.to(dtype), lse.to(got_lse.dtype)
+    o = naive_attention(q, k, v)[0].to(dtype)
+    rest, part = run(q, k, v, *lists, o, -1), o.double() - o_S
+    assert_no_worse(rest, part, part + error, factor=3)
+    torch.testing.assert_close(run(q, k, v, *lists, rest, 1), o, atol=ATOL[dtype], rtol=0)     # nothing changed
     q2, k2, v2 = inputs(Nq, Nk, D, dtype)                                   # of a later, sparse step
-    fresh, fresh_lse, _ = naive_attention(q2, k2, v2, allowed)
-    for by_mass in (False, True):
-        share = (lse_S - lse).exp().clamp(max=1)[..., None] if by_mass else torch.ones_like(o_S)   # what o_S has of o
-        left = 1 - share if by_mass else share                              # and the rest
-        rest, rest_lse = run(q, k, v, *lists, o, lse if by_mass else None, "split")
-        part = o.double() - share * o_S                                     # the rest, weighed by what it has of o
-        assert_no_worse(rest.double() * left, part, part + error, factor=3)
-        assert rest.isfinite().all() and (rest_lse is not None) == by_mass
-        if by_mass:
-            some = left[..., 0] > 1e-2
-            torch.testing.assert_close(rest_lse[some].double(), lse_rest[some], rtol=0,
-                                       atol=1e-7 if dtype == torch.float64 else 1e-3)
-        got, none = run(q, k, v, *lists, rest, rest_lse, "add")             # nothing changed: dense again
-        assert none is None
-        torch.testing.assert_close(got, o, atol=ATOL[dtype], rtol=0)
-        got = run(q2, k2, v2, *lists, rest, rest_lse, "add")[0]
-        weight = torch.sigmoid(fresh_lse - rest_lse)[..., None] if by_mass else None           # of the fresh part
-        want = weight * fresh + (1 - weight) * rest.double() if by_mass else fresh + rest.double()
-        assert_no_worse(got, want, want.to(dtype).double() + error, factor=3)
+    fresh = naive_attention(q2, k2, v2, allowed)[0]
+    want = rest.double() + fresh
+    assert_no_worse(run(q2, k2, v2, *lists, rest, 1), want, want.to(dtype).double() + error, factor=3)
 
 
 @pytest.mark.parametrize("kind, dtype", [("definition", torch.float64), *TRITON])
@@ -301,51 +284,26 @@ def test_means_stand_in_for_columns_that_are_not_listed(poison, kind, dtype, Nq,
     weights = torch.cat([allowed.double(), rows.double()], -1)              # how often a row attends to each
     p = weights * (q.double() @ k_all.mT / D**0.5).exp()
     want = p @ v_all / p.sum(-1, keepdim=True)                              # (B, H, Nq, D)
-    got = run(q, k, v, *lists, None, None, "none", *means, unlisted)[0]
+    got = run(q, k, v, *lists, torch.zeros_like(q), 1, *means, unlisted)
     torch.testing.assert_close(got.double(), want, atol=ATOL[dtype], rtol=0)
     o = torch.randn_like(q)
-    rest = run(q, k, v, *lists, o, None, "split", *means, unlisted)[0]
+    rest = run(q, k, v, *lists, o, -1, *means, unlisted)
     torch.testing.assert_close(rest.double(), o.double() - want, atol=ATOL[dtype], rtol=0)
-    again = run(q, k, v, *lists, rest, None, "add", *means, unlisted)[0]
+    again = run(q, k, v, *lists, rest, 1, *means, unlisted)
     torch.testing.assert_close(again, o, atol=ATOL[dtype], rtol=0)
 
 
-@pytest.fixture(params=["public", pytest.param("triton", marks=needs_kernels)])
-def run_sparse(request, monkeypatch):
-    """column_sparse_attention's one function behind its three public forms: the dispatcher, or the kernel."""
-    run = sk._column_sparse_attention_op if request.param == "public" else sk.column_sparse_attention_triton
-    monkeypatch.setattr(sk, "_column_sparse_attention_op", run)
-    return run
-
-
-def test_adding_columns_is_finite_at_the_edges(run_sparse):
-    q, k, v = inputs(130, 61, 16)
-    columns, full = all_columns(130, 61)
-    counts = full.clone()
-    counts[:, :, 0] = 0                                                     # one empty list, one full
-    rest = torch.randn_like(q)
-    o_S = sk.column_sparse_attention(q, k, v, columns, counts)[0]
-    nothing = torch.full(q.shape[:3], -torch.inf, device=DEVICE)
-    got = sk.add_columns(q, k, v, columns, counts, rest, nothing)
-    assert torch.equal(got[:, :, :128], rest[:, :, :128])                   # both empty
-    torch.testing.assert_close(got[:, :, 128:], o_S[:, :, 128:])            # the rest is empty
-    got = sk.add_columns(q, k, v, columns, counts, rest, torch.zeros_like(nothing))
-    assert torch.equal(got[:, :, :128], rest[:, :, :128])                   # the list is empty
-    o, lse = sk.attention(q, k, v)
-    rest, rest_lse = sk.split_off_columns(q, k, v, columns, full, o, lse - 1e-6)    # the share of S rounds above 1
-    assert not rest.any() and (rest_lse == -torch.inf).all()
-
-
-def test_only_listed_columns_are_read(run_sparse):
-    q, k, v = inputs(130, 200, 64)
+@pytest.mark.parametrize("kind", ["public", pytest.param("triton", marks=needs_kernels)])
+def test_only_listed_columns_are_read(kind):
+    (q, k, v), run = inputs(130, 200, 64), op("column_sparse_attention", kind)
     lists = [[j + 1 for j in listed[:50]] for _, listed in unpack(*random_columns(130, 199))]  # not even column 0
     columns, counts = pack(lists, 200, 60, (2, 2, 2))
-    want = run_sparse(q, k, v, columns, counts, None, None, "none")
+    base = torch.randn_like(q)
+    want = run(q, k, v, columns, counts, base, 1)
     used = mask_of(columns, counts, 130, 200).any(2)                        # (B, H, Nk)
     assert not used[..., 0].any()
     k[~used], v[~used] = float("nan"), float("nan")
-    got = run_sparse(q, k, v, columns, counts, None, None, "none")
-    torch.testing.assert_close(got, want, atol=0, rtol=0)
+    torch.testing.assert_close(run(q, k, v, columns, counts, base, 1), want, atol=0, rtol=0)
 
 
 @needs_kernels
@@ -360,7 +318,7 @@ def test_offsets_go_beyond_32_bits():
     assert counts[0, 0, 1, -1] == N
     for x, y in zip(sk.attention_triton(*far[:3]), sk.attention_triton(*near[:3]), strict=True):
         assert torch.equal(x, y)
-    got, want = (sk.column_sparse_attention_triton(q, k, v, columns, counts, o, None, "split")[0]
+    got, want = (sk.column_sparse_attention_triton(q, k, v, columns, counts, o, -1)
                  for q, k, v, o in (far, near))
     assert torch.equal(got, want)
 
@@ -392,10 +350,9 @@ def test_kernels_are_right_at_real_size(dtype):
     assert same(columns, want) and same(counts, want_counts)
     listed = columns_to_mask(columns, counts, N)[:, :, groups]              # (1, 2, 3, N); uint16 cannot be indexed
     allowed = listed.repeat_interleave(128, 2)[:, :, :len(rows)]
-    o_S, lse_S, _ = naive_attention(sampled(q), k, v, allowed)
-    got, got_lse = sk.column_sparse_attention_triton(q, k, v, columns, counts)
+    o_S = naive_attention(sampled(q), k, v, allowed)[0]
+    got = sk.column_sparse_attention_triton(q, k, v, columns, counts, torch.zeros_like(q), 1)
     assert_no_worse(sampled(got), o_S, F.scaled_dot_product_attention(sampled(q), k, v, attn_mask=allowed))
-    assert_lse(sampled(got_lse), lse_S)
 
 # ---------------------------------------------------------------------------------------------------------
 # Kernels: the choice of columns
@@ -567,13 +524,13 @@ def test_lists_go_beyond_16_bits(kind, N):
     lists = [one, empty, last, first]
     columns, counts = pack(lists, N, len(one) + 3, (1, 4, 1))               # (1, 4, 1, K)
     q, k, v = inputs(20, N, 16, B=1, H=4)
-    o, lse = op("column_sparse_attention", kind)(q, k, v, columns, counts)
+    o = op("column_sparse_attention", kind)(q, k, v, columns, counts, torch.zeros_like(q), 1)
     for head, listed in enumerate(lists):
         alone, alone_counts = pack([range(len(listed))], len(one), columns.shape[-1], (1, 1, 1))
         q_1, k_1, v_1 = q[:, head:head + 1], k[:, head:head + 1, listed], v[:, head:head + 1, listed]
         padded = (F.pad(x, (0, 0, 0, 1)) for x in (k_1, v_1))               # an empty list also has a column
-        want, want_lse = op("column_sparse_attention", kind)(q_1, *padded, alone, alone_counts)
-        assert_same((o[:, head:head + 1], lse[:, head:head + 1]), (want, want_lse))
+        want = op("column_sparse_attention", kind)(q_1, *padded, alone, alone_counts, torch.zeros_like(q_1), 1)
+        assert_same(o[:, head:head + 1], want)
     listed = sk.count_unlisted(columns, counts, N)                          # (1, 4, 1, M)
     assert listed[0, 0, 0, 65_500 // 64] == 64 - sum(65_472 <= j < 65_536 for j in one)
     assert listed.sum(-1).flatten().tolist() == [N - len(listed) for listed in lists]
@@ -604,9 +561,7 @@ def test_registered_ops_keep_their_promises_when_compiled():
     delta = torch.zeros(1, 2, 64, 128, device=DEVICE)
     calls = [(sk._attention_op, (q, k, v)), (sk._attention_with_column_mass_op, (q, k, v, lse)),
              (sk._choose_columns_op, (q.abs(), 0.3, 0.1, None, 1, 0)),
-             (sk._column_sparse_attention_op, (q, k, v, columns, counts, None, None, "none")),
-             (sk._column_sparse_attention_op, (q, k, v, columns, counts, o, lse, "split")),
-             (sk._column_sparse_attention_op, (q, k, v, columns, counts, o, None, "add")),
+             (sk._column_sparse_attention_op, (q, k, v, columns, counts, o, -1.0)),
              (sk._sparse_mlp_fc1_op, (x, w1, b1, columns[:, 0], counts[:, 0], act)),
              (sk._sparse_mlp_fc2_op, (delta, w2t, columns[:, 0], counts[:, 0], out))]
     for op, args in calls:
@@ -620,7 +575,8 @@ import torch, sparse_kernels as sk
 q = torch.randn(1, 1, 130, 16)
 o, lse, mass = sk.attention_with_column_mass(q, q, q, sk.attention(q, q, q)[1])
 lists = sk.choose_columns(mass, 0.2, 0.0, None, 0)
-assert sk.add_columns(q, q, q, *lists, *sk.split_off_columns(q, q, q, *lists, o, lse)).allclose(o, atol=1e-5)
+rest = sk.column_sparse_attention(q, q, q, *lists, o, -1)
+assert sk.column_sparse_attention(q, q, q, *lists, rest, 1).allclose(o, atol=1e-5)
 for call in (lambda: sk.attention_triton(q, q, q), lambda: sk.choose_columns_triton(mass, 0.2, 0.0, None, 0, 0)):
     try:
         call()
@@ -824,7 +780,7 @@ every_size = pytest.mark.parametrize("name, grid, text_length", [
     ("wan", (1, 3, 5), 9), ("hunyuan", (4, 8, 8), 128), ("hunyuan", (5, 6, 9), 13), ("hunyuan", (1, 3, 5), 1)])
 
 
-@pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
+@pytest.mark.parametrize("delta", ["pooled", "paper"])
 @every_size
 def test_every_column_kept_equals_dense(name, grid, text_length, delta):
     sparsity = Sparsity(attn_keep=1.0, mlp_keep=1.0, measure=3, delta=delta, dense_layers=1)
@@ -832,7 +788,7 @@ def test_every_column_kept_equals_dense(name, grid, text_length, delta):
         assert_near(ours, dense)
 
 
-@pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
+@pytest.mark.parametrize("delta", ["pooled", "paper"])
 @every_size
 def test_nothing_changed_equals_dense(name, grid, text_length, delta):
     sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=4, delta=delta, dense_layers=1)
@@ -1040,7 +996,7 @@ def test_flux_lays_its_weights_out_for_deltas_and_changes_no_value():
     assert_near(model(**given), before, 1e-6)
 
 
-@pytest.mark.parametrize("kind, delta", [("double", "mass"), ("single", "paper"), ("single", "pooled")])
+@pytest.mark.parametrize("kind, delta", [("double", "pooled"), ("single", "paper"), ("single", "pooled")])
 def test_blocks_compile_without_a_graph_break(kind, delta):
     model = random_model("flux")
     block = (model.double_blocks if kind == "double" else model.single_blocks)[0]
@@ -1107,7 +1063,7 @@ def test_each_kind_of_step_copies_what_it_must(monkeypatch, mode, schedule):
     assert " ".join(said) == schedule
 
 
-@pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
+@pytest.mark.parametrize("delta", ["pooled", "paper"])
 @pytest.mark.parametrize("resident, weights", [(0, None), (1, 1), (2, 0)])
 @each_model
 def test_where_things_live_changes_nothing(name, delta, resident, weights):
@@ -1942,7 +1898,7 @@ def test_bad_flags_end_in_one_line(call, monkeypatch, tmp_path, name, settings, 
     ({"frames": 0}, "from 1 to 1001"), ({"frames": 16}, "4 n + 1, like 13 or 17"), ({"seed": 1.5}, "seed 1.5"),
     ({"guidance": math.nan}, "guidance nan is not a number"), ({"prompt": " "}, "no prompt"),
     ({"prompt": 5}, "not text"), ({"weights": "nowhere"}, "no folder nowhere"), ({"weights": ""}, "--weights is empty"),
-    ({"sparsity": "mass"}, "not a cache.Sparsity"), ({"sparsity": Sparsity(delta="x")}, "no delta 'x'"),
+    ({"sparsity": "pooled"}, "not a cache.Sparsity"), ({"sparsity": Sparsity(delta="x")}, "no delta 'x'"),
     ({"sparsity": Sparsity(attn_keep=2)}, "attn_keep 2"), ({"sparsity": Sparsity(skip=(0,))}, "step 0 cannot"),
     ({"sparsity": Sparsity(measure=(1, 99))}, "no step 99"), ({"sparsity": Sparsity(measure=0)}, "at least 1"),
     ({"sparsity": Sparsity(skip="x")}, "no tuple of step numbers")])
@@ -2759,7 +2715,7 @@ def small_settings(monkeypatch, name, grid, text_length, **changes):
     return cli.fill(cli.Settings(device="cpu", width=16 * w, height=16 * h, **frames, **changes), program.CONFIGS)
 
 
-@pytest.mark.parametrize("delta", ["pooled", "mass", "paper"])
+@pytest.mark.parametrize("delta", ["pooled", "paper"])
 @pytest.mark.parametrize("mlp_keep", [0.0, 0.3])
 @each_model
 def test_caches_need_what_was_estimated(monkeypatch, name, delta, mlp_keep):
@@ -3079,9 +3035,8 @@ for case in sys.argv[1:]:
     mean, unlisted = empty(1, 24, 64, 128), empty(1, 24, 32, 64, dtype=torch.uint8)
     x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
     sk.attention_triton(q, q, q)
-    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "split")
-    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, lse, "add")
-    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, None, "add", mean, mean, unlisted)
+    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, -1)
+    sk.column_sparse_attention_triton(q, q, q, columns, counts, q, 1, mean, mean, unlisted)
     if dtype == "bfloat16":                                                 # float32 takes five times as long
         _, _, mass = sk.attention_with_column_mass_triton(q, q, q, lse)
         sk.choose_columns_triton(mass, 0.1, 0.01, static, 0, 512)
@@ -3277,9 +3232,9 @@ def test_sequences_are_cut_evenly_and_at_groups_alone(n, parts, multiple, first)
 
 SEVERAL = {"flux": replace(FLUX, dim=80, heads=5, axes=(4, 6, 6)), "wan": replace(WAN, dim=80, heads=5),
            "hunyuan": replace(HUNYUAN, dim=80, heads=5, axes=(4, 6, 6))}    # 2, 3 and 4 do not divide 5
-SEVERAL_SIZES = {"flux": [((16, 16), 128, "mass"), ((9, 17), 70, "pooled"), ((3, 5), 2, "paper")],
-                 "wan": [((4, 8, 8), 9, "mass"), ((5, 7, 11), 9, "pooled"), ((1, 1, 3), 9, "paper")],
-                 "hunyuan": [((4, 8, 8), 128, "mass"), ((5, 6, 9), 13, "pooled"), ((1, 1, 2), 1, "paper")]}
+SEVERAL_SIZES = {"flux": [((16, 16), 128, "pooled"), ((9, 17), 70, "pooled"), ((3, 5), 2, "paper")],
+                 "wan": [((4, 8, 8), 9, "pooled"), ((5, 7, 11), 9, "pooled"), ((1, 1, 3), 9, "paper")],
+                 "hunyuan": [((4, 8, 8), 128, "pooled"), ((5, 6, 9), 13, "pooled"), ((1, 1, 2), 1, "paper")]}
 
 
 def several_generations(name, ranks):
@@ -3482,7 +3437,7 @@ def test_method_page_shows_what_figures_prints_and_its_slow_lines_are_the_defini
     exec(re.search(r"```python\n(def slow.*?)```", page, re.DOTALL)[1], given)
     q, k, v = (torch.randn(1, 2, n, 16, dtype=torch.float64) for n in (300, 200, 200))
     columns, counts = sk.choose_columns(torch.rand(1, 2, 3, 200), 0.2, 0.1, None, 0)
-    expected, _ = sk.column_sparse_attention(q, k, v, columns, counts)
+    expected = sk.column_sparse_attention(q, k, v, columns, counts, torch.zeros_like(q), 1)
     torch.testing.assert_close(given["slow_column_sparse_attention"](q, k, v, columns, counts), expected)
 
 

@@ -36,7 +36,8 @@ class Sparsity:
     attn_keep: float = 0.165         # share of columns kept by mass
     attn_random: float = 0.0         # share kept at random
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
-    measure: int | tuple = 10        # measure at step 1 and every so many steps, or at these steps
+    measure: int | tuple = 10        # all is recomputed at step 1 and every so many steps, or at these steps
+    choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
     skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
     delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
     extrapolate: bool = True         # what is reused goes on as the last two times it was computed; or it stays
@@ -46,8 +47,9 @@ class Sparsity:
 @dataclass(frozen=True)
 class Step:
     index: int
-    mode: str                        # "dense" | "measure": dense, and choose what to recompute | "sparse" | "skip"
-    age: int = 0                     # steps since the last measure step before; 0: there is none
+    mode: str                        # "dense" | "measure": dense, and choose what to recompute | "refresh": dense, and
+                                     # keep the choice | "sparse" | "skip"
+    age: int = 0                     # steps since the last measure or refresh step before; 0: there is none
 
     @property
     def skip(self):
@@ -92,6 +94,7 @@ def make_plan(steps, sparsity):
 
     All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
     attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
+    If it is not one of every `choose`, it is a refresh step.
     With delta="none" all steps are dense but those to skip.
     Raises ValueError if step 0 is to be skipped."""
     if sparsity is None:
@@ -104,13 +107,17 @@ def make_plan(steps, sparsity):
     first = min(full - {0}, default=steps)
     computed = [i for i in range(steps) if i in full or i not in sparsity.skip]
     sparse = {i for i in computed if i > first and i not in full}
-    plan, measured = [Step(i, "skip") for i in range(steps)], None
+    plan, remembered = [Step(i, "skip") for i in range(steps)], []   # and the steps that fill the cache
     for i, following in zip(computed, computed[1:] + [None]):
-        full_mode = "measure" if following in sparse else "dense"
-        age = 0 if measured is None else i - measured
-        plan[i] = Step(i, "sparse" if i in sparse else full_mode, age)
-        if plan[i].mode == "measure":
-            measured = i
+        age = i - remembered[-1] if remembered else 0
+        if i in sparse:
+            mode = "sparse"
+        elif following not in sparse:
+            mode = "dense"
+        else:
+            mode = "refresh" if len(remembered) % sparsity.choose else "measure"
+            remembered.append(i)
+        plan[i] = Step(i, mode, age)
     return plan
 
 
@@ -145,7 +152,9 @@ class LayerState:
 
 
 FOR_SPARSE = ("columns", "counts", "o_rest", "drift", "unlisted", "act", "out", "mlp_columns", "mlp_counts")
-CHANGED = ("act", "out")             # of these, which only sparse steps read, what they update in place
+OLD = ("columns", "counts", "o_rest", "unlisted")          # of these, what a measure or refresh step begins with
+READ = {"measure": OLD, "refresh": OLD, "sparse": FOR_SPARSE}                    # which kind of step reads what of them
+WRITTEN = {"measure": FOR_SPARSE, "refresh": ("o_rest", "drift", "act", "out"), "sparse": ("act", "out")}
 
 
 @dataclass
@@ -202,22 +211,28 @@ def chipmunk_attention(q, k, v, layer_state, step):
         rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)
         return with_columns(rest, 1)
     s.attn_work += 1
-    if step.mode == "dense":
+    if step.mode == "measure":
+        o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
+        if sparsity.delta == "pooled":                               # a column counts for what its block's mean misses
+            n = s.pooled_columns
+            mean = block_means(v, n).repeat_interleave(POOL, 2)[:, :, :n]        # (B, H, n, D)
+            mass[..., :n] *= (v[:, :, :n] - mean).norm(dim=-1)[:, :, None]       # (B, H, G, n)
+        chosen = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step), s.static_most)
+        del mass                                                     # (B, H, G, Nk) is large
+    else:
         o, s.lse = attention(q, k, v)
+    if step.mode == "dense":
         return o
-    o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
-    n = s.pooled_columns
-    if sparsity.delta == "pooled":                                   # a column counts for what its block's mean misses
-        mean = block_means(v, n).repeat_interleave(POOL, 2)[:, :, :n]            # (B, H, n, D)
-        mass[..., :n] *= (v[:, :, :n] - mean).norm(dim=-1)[:, :, None]           # (B, H, G, n)
-    chosen = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step), s.static_most)
-    del mass                                                         # (B, H, G, Nk) is large
-    if step.age and sparsity.extrapolate:
-        s.drift = ((with_columns(o, -1) - s.o_rest) / step.age).to(torch.float8_e5m2)
-    s.columns, s.counts = chosen
-    if sparsity.delta == "pooled":
-        s.unlisted = count_unlisted(s.columns, s.counts, n)          # (B, H, G, M)
-    s.o_rest = with_columns(o, -1)
+    if step.age and (sparsity.extrapolate or step.mode == "refresh"):            # there are columns of a step before
+        rest = with_columns(o, -1)
+        if sparsity.extrapolate:
+            s.drift = ((rest - s.o_rest) / step.age).to(torch.float8_e5m2)
+    if step.mode == "measure":
+        s.columns, s.counts = chosen
+        if sparsity.delta == "pooled":
+            s.unlisted = count_unlisted(s.columns, s.counts, s.pooled_columns)   # (B, H, G, M)
+        rest = with_columns(o, -1)
+    s.o_rest = rest
     return o
 
 
@@ -250,6 +265,7 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
             moved = movement(sample, s.sample) * w2.norm(dim=0)                  # (B, G, F)
             columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, _seed(s, step))
             s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]            # (B, G, K), (B, G, P)
+        if step.mode != "dense":
             s.act, s.out = act.mT.contiguous(), out
         s.sample = sample.clone()                                                # a view would keep all of act
     return out

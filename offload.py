@@ -4,8 +4,7 @@
     comes to the GPU     what layer i + 1 needs      what layer i + 2 needs      what layer i + 3 needs
     leaves for the host  what layer i - 1 changed    what layer i changed        what layer i + 1 changed
 
-What only sparse steps read (cache.FOR_SPARSE) leaves at measure steps and comes at sparse ones, after which no more
-leaves than they change: the MLP's activations and output. Weights come at every step and never leave. A model asks
+Of the caches, what a kind of step reads comes, and what it writes leaves (cache.READ, WRITTEN). Weights come at every step and never leave. A model asks
 `visit` for its blocks, one by one; attention and MLP do not know where anything lives.
 
 A sparse step of HunyuanVideo at 720p reads 62 GB of caches in 7 s, and PCIe 5 brings 55 GB a second: nothing waits.
@@ -16,7 +15,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from cache import CHANGED, FOR_SPARSE
+from cache import FOR_SPARSE, READ, WRITTEN
 from cli import note
 
 ALIGNMENT = 256                # bytes: where pieces of host memory start
@@ -186,14 +185,14 @@ def visit(blocks, state, step, device):
 def living_away(block, layer, mode):
     """What of a block and its layer has to come from the host. -> [(what it belongs to, the attribute's name)]"""
     weights = [(p, "data") for p in block.parameters()] if getattr(block, "on_host", False) else []
-    caches = [(layer, name) for name in layer.homes] if layer and layer.homes and mode in ("measure", "sparse") else []
+    homes = layer.homes if layer and layer.homes else ()
+    caches = [(layer, name) for name in READ.get(mode, ()) if name in homes]
     return weights + caches
 
 
 def send_home(layer, mode, memory):
     """Point a layer to the homes of what only sparse steps read, and make those that it has not got.
     -> [(tensor on the GPU, its home)] of what changed, to be copied"""
-    changes = {"measure": FOR_SPARSE, "sparse": CHANGED}.get(mode, ())
     leaving = []
     for name in FOR_SPARSE:
         here = getattr(layer, name)
@@ -201,7 +200,7 @@ def send_home(layer, mode, memory):
             home = layer.homes.get(name)
             if home is None:
                 home = layer.homes[name] = memory.like(here)
-            if name in changes:
+            if name in WRITTEN.get(mode, ()):
                 leaving.append((here, home))
             setattr(layer, name, home)
     return leaving

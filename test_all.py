@@ -655,6 +655,8 @@ def test_plan_says_what_every_step_does():
     plan = make_plan(6, Sparsity(measure=(1, 2, 4)))
     assert [s.mode for s in plan] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
     assert [s.age for s in plan] == [0, 0, 0, 1, 2, 1]
+    plan = make_plan(9, Sparsity(measure=2, choose=3, skip=(7,)))           # 7 is skipped: 6 has nothing to remember for
+    assert [s.mode[0] for s in plan] == list("ddmsrsdsd")
     assert [s.mode for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4      # nothing sparse would follow
     assert make_plan(1, Sparsity())[0].mode == "dense"
     assert make_plan(50, Sparsity()) == make_plan(50, Sparsity())
@@ -783,7 +785,7 @@ every_size = pytest.mark.parametrize("name, grid, text_length", [
 @pytest.mark.parametrize("delta", ["pooled", "paper"])
 @every_size
 def test_every_column_kept_equals_dense(name, grid, text_length, delta):
-    sparsity = Sparsity(attn_keep=1.0, mlp_keep=1.0, measure=3, delta=delta, dense_layers=1)
+    sparsity = Sparsity(attn_keep=1.0, mlp_keep=1.0, measure=3, choose=2, delta=delta, dense_layers=1)
     for dense, ours in run_steps(name, sparsity, grid, text_length, steps=7)[0]:
         assert_near(ours, dense)
 
@@ -791,8 +793,8 @@ def test_every_column_kept_equals_dense(name, grid, text_length, delta):
 @pytest.mark.parametrize("delta", ["pooled", "paper"])
 @every_size
 def test_nothing_changed_equals_dense(name, grid, text_length, delta):
-    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=4, delta=delta, dense_layers=1)
-    for dense, ours in run_steps(name, sparsity, grid, text_length, steps=6, change=False)[0]:
+    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=3, choose=2, delta=delta, dense_layers=1)
+    for dense, ours in run_steps(name, sparsity, grid, text_length, steps=8, change=False)[0]:
         assert_near(ours, dense)
 
 
@@ -818,10 +820,12 @@ def test_pooled_keeps_what_means_miss_and_follows_the_rest():
     assert_near(chipmunk_attention(q, k, v, layer, sparse), F.scaled_dot_product_attention(q, k, v))
 
 
+@pytest.mark.parametrize("choose", [1, 2])
 @pytest.mark.parametrize("extrapolate", [True, False])
-def test_the_rest_goes_on_as_between_two_measure_steps(extrapolate):
+def test_the_rest_goes_on_as_between_two_full_steps(extrapolate, choose):
     """v moves by the same at every step, and with it all sums over it. Only the drift's 8 bits are in the way."""
-    sparsity = Sparsity(attn_keep=0.0, delta="pooled", measure=(1, 4), extrapolate=extrapolate, dense_layers=0)
+    sparsity = Sparsity(attn_keep=0.0, delta="pooled", measure=(1, 4), choose=choose, extrapolate=extrapolate,
+                        dense_layers=0)
     static = torch.arange(256) % 7 == 0                                     # so that both lists are the same
     layer, errors = make_state(1, sparsity, 256, static, 0, CPU).layers[0], []
     q, k, v, moves = torch.randn(4, 1, 2, 256, 32, dtype=torch.float64)
@@ -836,7 +840,8 @@ def test_the_rest_goes_on_as_between_two_measure_steps(extrapolate):
         slope = slope - layer.drift.double()                                # what is left of it
     for age in 1, 2, 3:
         assert_near(errors[4 + age], age * slope)
-    assert layer.attn_work == pytest.approx(3 + (5 + 2 + extrapolate) * (static.sum() + 4) / 256)
+    passes = 5 + 2 + (extrapolate and choose == 1)                          # over the columns
+    assert layer.attn_work == pytest.approx(3 + passes * (static.sum() + 4) / 256)
 
 
 def test_mlp_keeps_what_moved_most_and_weighs_most():
@@ -1001,7 +1006,8 @@ def test_blocks_compile_without_a_graph_break(kind, delta):
     model = random_model("flux")
     block = (model.double_blocks if kind == "double" else model.single_blocks)[0]
     layout = flux_chipmunk.make_layout(FLUX, 9, 17, 13, DEVICE)
-    sparsity = Sparsity(attn_keep=0.2, attn_random=0.05, mlp_keep=0.3, measure=(1, 5, 8), delta=delta, dense_layers=0)
+    sparsity = Sparsity(attn_keep=0.2, attn_random=0.05, mlp_keep=0.3, measure=(1, 5, 8), choose=2, delta=delta,
+                        dense_layers=0)
     ours, theirs = (make_state(1, sparsity, 13 + 9 * 17, None, 0, DEVICE).layers[0] for _ in range(2))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -1031,15 +1037,17 @@ def test_what_is_needed_from_the_host_comes_a_layer_ahead():
 
 
 @pytest.mark.parametrize("mode, schedule", [
-    ("dense", "0 1 2 3 4"), ("measure", ">1 0 >3 1 1>all 2 3 3>all 4"),
-    ("sparse", ">1 0 >3 1 1>mlp 2 3 3>mlp 4")])
+    ("dense", "0 1 2 3 4"), ("measure", "old>1 0 old>3 1 1>all 2 3 3>all 4"),
+    ("refresh", "old>1 0 old>3 1 1>new 2 3 3>new 4"), ("sparse", "all>1 0 all>3 1 1>mlp 2 3 3>mlp 4")])
 def test_each_kind_of_step_copies_what_it_must(monkeypatch, mode, schedule):
-    """Of five layers 0 is dense, and 1 and 3 live on the host. >3: what layer 3 needs starts to come; 3: it computes;
-    3>all, 3>mlp: what it remembers starts to leave, or its MLP's part alone."""
+    """Of five layers 0 is dense, and 1 and 3 live on the host. all>3, old>3: what layer 3 remembers starts to come, or
+    its columns and their rest; 3: it computes; 3>all, 3>new, 3>mlp: all starts to leave, or all but the choice of
+    columns, or its MLP's part alone."""
     device, said = torch.device(DEVICE), []
     state = make_state(5, Sparsity(dense_layers=1), 256, None, 0, DEVICE)
     offload.move_caches(state, 2, device)
-    words = {(): "", offload.FOR_SPARSE: "all", offload.CHANGED: "mlp"}
+    words = {offload.FOR_SPARSE: "all", offload.READ["refresh"]: "old", offload.WRITTEN["refresh"]: "new",
+             offload.WRITTEN["sparse"]: "mlp"}
 
     class Watched(offload.Lane):
         def copy(self, pairs):
@@ -1047,14 +1055,14 @@ def test_each_kind_of_step_copies_what_it_must(monkeypatch, mode, schedule):
                 homes = state.layers[i].homes.items()
                 coming = tuple(name for name, home in homes if any(home is source for source, _ in pairs))
                 leaving = tuple(name for name, home in homes if any(home is target for _, target in pairs))
-                said.extend([f">{i}"] * (coming == offload.FOR_SPARSE) + [f"{i}>{words[leaving]}"] * bool(leaving))
+                said.extend([f"{words[coming]}>{i}" for _ in coming[:1]] + [f"{i}>{words[leaving]}" for _ in leaving[:1]])
             return super().copy(pairs)
 
     def run(step):
         for i, (_, layer) in enumerate(offload.visit([nn.Identity()] * 5, state, step, device)):
             said.append(str(i))
-            if layer and step.mode == "measure":
-                for name in offload.FOR_SPARSE:
+            if layer and step.mode in ("measure", "refresh"):
+                for name in offload.WRITTEN[step.mode]:
                     setattr(layer, name, torch.zeros(4, device=device))
     monkeypatch.setattr(offload, "Lane", Watched)
     run(Step(1, "measure"))
@@ -1067,7 +1075,7 @@ def test_each_kind_of_step_copies_what_it_must(monkeypatch, mode, schedule):
 @pytest.mark.parametrize("resident, weights", [(0, None), (1, 1), (2, 0)])
 @each_model
 def test_where_things_live_changes_nothing(name, delta, resident, weights):
-    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=(1, 4), skip=(3,), delta=delta,
+    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=(1, 4), choose=2, skip=(3,), delta=delta,
                         dense_layers=1)
     want, want_states = sample_small(name, random_model(name), ODD_GRID[name], sparsity, steps=7)
     model = random_model(name)

@@ -31,7 +31,7 @@ from sparse_kernels import GROUP, attention, attention_with_column_mass
 
 PROMPT, SEED = "a small orange heart above a large cyan triangle on a purple background", 6
 STARTS = 5, 15, 25, 35, 45     # changes are taken from these steps to the next one, and to the 4th after them
-COLORS = {"dense": "#4c78a8", "measure": "#e45756", "sparse": "#72b7b2", "skip": "#dddddd"}
+COLORS = {"dense": "#4c78a8", "measure": "#e45756", "refresh": "#f2a49f", "sparse": "#72b7b2", "skip": "#dddddd"}
 
 
 def load_pyplot():
@@ -223,7 +223,7 @@ def order():
 def plan():
     pyplot, layers = load_pyplot(), 5
     full = 1, 4, 8, 12
-    sparsity = replace(flux_chipmunk.FLUX_COLUMNS, skip=between(full, 2, steps=13))
+    sparsity = replace(flux_chipmunk.FLUX_COLUMNS, choose=2, skip=between(full, 2, steps=13))
     steps = make_plan(13, sparsity)
     times = json.loads(STEP_TIMES.read_text())
     costs = {name: {mode: seconds / found["eager"]["dense model"] for mode, seconds in found["eager"].items()}

@@ -655,7 +655,7 @@ def test_plan_says_what_every_step_does():
     plan = make_plan(6, Sparsity(measure=(1, 2, 4)))
     assert [s.mode for s in plan] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
     assert [s.age for s in plan] == [0, 0, 0, 1, 2, 1]
-    plan = make_plan(9, Sparsity(measure=2, choose=3, skip=(7,)))           # 7 is skipped: 6 has nothing to remember for
+    plan = make_plan(9, Sparsity(measure=2, choose=3, skip=(7,)))           # no sparse step follows 6 or 8
     assert [s.mode[0] for s in plan] == list("ddmsrsdsd")
     assert [s.mode for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4      # nothing sparse would follow
     assert make_plan(1, Sparsity())[0].mode == "dense"
@@ -915,7 +915,7 @@ def test_skipped_step_reruns_the_final_layer_only(name):
 def test_presets_are_faster_than_dense_or_give_way(name, capsys):
     for config in PROGRAMS[name].CONFIGS.values():
         times = [relative_time(make_plan(config.steps, preset), config.costs) for preset in config.presets.values()]
-        assert times == sorted(times, reverse=True) and (times[0] < 0.95 or config.steps < 10)
+        assert times == sorted(times, reverse=True) and (times[0] < 0.97 or config.steps < 10)
         for steps, preset in itertools.product(range(1, 60), config.presets):
             sparsity = cli.preset(config, preset, steps)
             said = capsys.readouterr().err
@@ -1055,7 +1055,8 @@ def test_each_kind_of_step_copies_what_it_must(monkeypatch, mode, schedule):
                 homes = state.layers[i].homes.items()
                 coming = tuple(name for name, home in homes if any(home is source for source, _ in pairs))
                 leaving = tuple(name for name, home in homes if any(home is target for _, target in pairs))
-                said.extend([f"{words[coming]}>{i}" for _ in coming[:1]] + [f"{i}>{words[leaving]}" for _ in leaving[:1]])
+                said.extend([f"{words[coming]}>{i}"] if coming else [])
+                said.extend([f"{i}>{words[leaving]}"] if leaving else [])
             return super().copy(pairs)
 
     def run(step):
@@ -2238,7 +2239,7 @@ def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
             return float(row[column].split(" s")[0])
         known = times[name][way]
         assert {row[0]: seconds(row) for row in kinds} == pytest.approx(known, abs=1e-3)
-        assert list(known) == ["dense model", "dense", "measure", "sparse", "skip"]
+        assert list(known) == ["dense model", "dense", "measure", "sparse", "refresh", "skip"]
         dense_total = 8 * known["dense model"]
         assert abs(seconds(all_dense) - dense_total) < 0.1
         for row, preset in zip(presets, config.presets.values(), strict=True):
@@ -2252,7 +2253,7 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "presets"])
     bench.main()
     title, _, *rows, _, said = capsys.readouterr().out.splitlines()
-    assert title.endswith("| dense | columns | quality | balanced | fast |") and "H100" in said
+    assert title.endswith("| dense | columns | quality | balanced | fast |") and "NVIDIA H" in said
     assert [row.split()[1] for row in rows] == list(PROGRAMS)
     times = json.loads(bench.STEP_TIMES.read_text())["flux"]["eager"]
     dense, balanced = 50 * times["dense model"], 17 * times["dense model"] + 33 * times["skip"]      # one step of three

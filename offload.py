@@ -4,10 +4,11 @@
     comes to the GPU     what layer i + 1 needs      what layer i + 2 needs      what layer i + 3 needs
     leaves for the host  what layer i - 1 changed    what layer i changed        what layer i + 1 changed
 
-Of the caches comes what a kind of step reads, and leaves what it writes (cache.READ, WRITTEN). Weights come at every step
-and never leave. A model asks `visit` for its blocks, one by one; attention and MLP do not know where anything lives.
+Of the caches comes what a kind of step reads, and leaves what it writes (cache.READ, WRITTEN). Weights come at every
+step and never leave. A model asks `visit` for its blocks, one by one, and attention and MLP do not know where anything
+lives.
 
-A sparse step of HunyuanVideo at 720p reads 62 GB of caches in 7 s, and PCIe 5 brings 55 GB a second: nothing waits.
+A sparse step of HunyuanVideo at 720p reads 84 GB of caches in 7 s, and PCIe 5 brings 55 GB a second: nothing waits.
 """
 import weakref
 from contextlib import suppress

@@ -135,13 +135,13 @@ class LayerState:
     static: torch.Tensor | None      # (Nk,) or (G, Nk) bool: attention columns always kept
     static_most: int                 # of them, the most in any group
     seed: int
-    attn_work: torch.Tensor          # () attentions so far: 1 a dense step, 1 + kept a measure step, kept a sparse one
+    attn_work: torch.Tensor          # () attentions so far: 1 a dense pass, and what is kept for each pass over S
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
     lse: torch.Tensor = None         # (B, H, N) of the last dense attention
     columns: torch.Tensor = None     # (B, H, G, K) uint16
     counts: torch.Tensor = None      # (B, H, G, P) int32
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
-    drift: torch.Tensor = None       # (B, H, N, D) float8, how much o_rest changes a step, delta="pooled" only
+    drift: torch.Tensor = None       # (B, H, N, D) float8: how far o_rest goes in a step
     unlisted: torch.Tensor = None    # (B, H, G, M) uint8, delta="pooled" only: a block's columns that are not kept
     sample: torch.Tensor = None      # (B, M / 8, F) gelu(W1 x + b1) of every 8th row, at the last full step
     act: torch.Tensor = None         # (B, F, M) gelu(W1 x + b1), column after column
@@ -208,7 +208,7 @@ def chipmunk_attention(q, k, v, layer_state, step):
         return column_sparse_attention(q, k, v, s.columns, s.counts, base, sign, pool(k, v, s))
 
     if step.mode == "sparse":
-        rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)
+        rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)    # (B, H, N, D)
         return with_columns(rest, 1)
     s.attn_work += 1
     if step.mode == "measure":

@@ -119,7 +119,7 @@ class Need:
     """Bytes that denoising needs."""
     blocks: tuple              # the weights of every block
     other_weights: int
-    caches: tuple              # of every layer that is not always dense: what only sparse steps read
+    caches: tuple              # of every layer that is not always dense: what sparse steps read
     other_caches: int          # log-sum-exps, what tells which MLP columns move, what enters the final layer
     activations: int           # the most at a time
     branches: int = 1          # guidance branches, with caches each

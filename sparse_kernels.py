@@ -670,9 +670,16 @@ def listed_columns(columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_jit
-def _load_columns(columns_ptr, counts_ptr, slot, count, PAGES: tl.constexpr):
-    """The columns at these slots of a list -> (slots,) int32; in padding some column that exists."""
-    index = tl.load(columns_ptr + slot, mask=slot < count, other=0).to(tl.int32)
+def _load_entries(columns_ptr, slot, count):
+    """A list's entries at these slots -> (slots,) uint16; in padding 0. Loops load them a tile ahead, and a tile later
+    `_columns_of` widens them: Triton prefetches rows only if an earlier turn has loaded, unchanged, where they are."""
+    return tl.load(columns_ptr + slot, mask=slot < count, other=0)
+
+
+@_jit
+def _columns_of(entries, slot, counts_ptr, PAGES: tl.constexpr):
+    """The columns that the entries at these slots stand for -> (slots,) int32; in padding some column that exists."""
+    index = entries.to(tl.int32)
     for page in tl.static_range(PAGES - 1):
         index += (slot >= tl.load(counts_ptr + page)).to(tl.int32) << 16
     return index
@@ -774,15 +781,16 @@ def _column_sparse_attention_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     z = tl.zeros((BLOCK_M,), tl.float32)
     full = count // BLOCK_N * BLOCK_N
-    index = _load_columns(columns_ptr, counts_ptr, lane, count, PAGES)            # (columns,)
+    entries = _load_entries(columns_ptr, lane, count)                             # (columns,)
     for start in range(0, full, BLOCK_N):
-        next_slot = start + BLOCK_N + lane
-        next_index = _load_columns(columns_ptr, counts_ptr, next_slot, count, PAGES)       # a tile ahead of its k, v
+        next_entries = _load_entries(columns_ptr, start + BLOCK_N + lane, count)
+        index = _columns_of(entries, start + lane, counts_ptr, PAGES)
         acc, m, z, _ = _attend_tile(q, k_ptr, v_ptr, stride_kn, stride_vn, index, None, scale, acc, m, z,
                                     D, WIDE_OFFSETS, TRACK_MAX=True)
-        index = next_index
+        entries = next_entries
     if full < count:
         in_list = full + lane < count
+        index = _columns_of(entries, full + lane, counts_ptr, PAGES)
         acc, m, z, _ = _attend_tile(q, k_ptr, v_ptr, stride_kn, stride_vn, index, in_list, scale, acc, m, z,
                                     D, WIDE_OFFSETS, TRACK_MAX=True)
     if unlisted_ptr is not None:                                                  # the blocks' means, side by side
@@ -875,7 +883,8 @@ def _sparse_mlp_fc1_kernel(x_ptr, w1_ptr, b1_ptr, columns_ptr, counts_ptr, act_p
     counts_ptr += group * PAGES
     count = tl.load(counts_ptr + PAGES - 1)
     in_list = slot < count
-    hidden = _load_columns(columns_ptr + group * K, counts_ptr, slot, count, PAGES).to(tl.int64)   # (columns,)
+    entries = _load_entries(columns_ptr + group * K, slot, count)                 # (columns,)
+    hidden = _columns_of(entries, slot, counts_ptr, PAGES).to(tl.int64)
     width = tl.where(tl.program_id(1) * BLOCK_N < count, C, 0)     # if the tile is all padding, it only writes zeros
 
     # Rows and columns that are absent read valid memory and are not stored: the loop needs no masks.
@@ -970,18 +979,19 @@ def _sparse_mlp_fc2_kernel(delta_ptr, w2t_ptr, columns_ptr, counts_ptr, out_ptr,
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     full = count // BLOCK_N * BLOCK_N
-    hidden = _load_columns(columns_ptr, counts_ptr, lane, count, PAGES)           # (columns,)
+    entries = _load_entries(columns_ptr, lane, count)                             # (columns,)
     for start in range(0, full, BLOCK_N):
-        next_slot = start + BLOCK_N + lane
-        next_hidden = _load_columns(columns_ptr, counts_ptr, next_slot, count, PAGES)      # a tile ahead of its weights
+        next_entries = _load_entries(columns_ptr, start + BLOCK_N + lane, count)
+        hidden = _columns_of(entries, start + lane, counts_ptr, PAGES)
         if WIDE_OFFSETS:
             hidden = hidden.to(tl.int64)
         delta = tl.load(delta_at + (start + lane)[:, None] * BLOCK_M)             # (columns, rows)
         w = tl.load(w2t_ptr + hidden[:, None] * stride_w + c[None, :])            # (columns, channels)
         acc = tl.dot(tl.trans(delta), w, acc, input_precision="ieee")             # (rows, channels)
-        hidden = next_hidden
+        entries = next_entries
     if full < count:
         in_list = full + lane < count
+        hidden = _columns_of(entries, full + lane, counts_ptr, PAGES)
         delta = tl.load(delta_at + (full + lane)[:, None] * BLOCK_M, mask=in_list[:, None], other=0.0)
         w_at = w2t_ptr + hidden.to(tl.int64)[:, None] * stride_w + c[None, :]
         w = tl.load(w_at, mask=in_list[:, None], other=0.0)

@@ -54,9 +54,10 @@ BATCH = 20                     # pictures or videos drawn at a time
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
 # The original's rule and plan of 50 steps, without its window of voxels and its order of tokens, and with our choice of
 # MLP columns. For HunyuanVideo and Wan2.1 it skips steps, which repeat the last one; for FLUX.1 it does not.
-ORIGINAL = {"flux": {"delta": "paper", "measure": 10, "skip": (), "extrapolate": False},
-            "wan": {"delta": "paper", "measure": 10, "skip": VIDEO_SKIPS, "extrapolate": False},
-            "hunyuan": {"delta": "paper", "measure": (1, 10, 40), "skip": VIDEO_SKIPS, "extrapolate": False}}
+ORIGINAL = {"flux": {"delta": "paper", "measure": 10, "choose": 1, "skip": (), "extrapolate": False},
+            "wan": {"delta": "paper", "measure": 10, "choose": 1, "skip": VIDEO_SKIPS, "extrapolate": False},
+            "hunyuan": {"delta": "paper", "measure": (1, 10, 40), "choose": 1, "skip": VIDEO_SKIPS,
+                        "extrapolate": False}}
 
 
 def print_row(*cells):

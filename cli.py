@@ -230,7 +230,7 @@ def check_sparsity(sparsity, steps):
             raise Fail(f"{name} {getattr(sparsity, name)!r} is no tuple of step numbers like (1, 2, 4)")
     for name, value in ("measure", sparsity.measure), ("choose", sparsity.choose):
         if isinstance(value, int) and value < 1 or name == "choose" and not isinstance(value, int):
-            raise Fail(f"{name} {value!r} counts steps: it must be a number from 1")
+            raise Fail(f"{name} {value!r} counts steps: it must be at least 1")
     if sparsity.delta not in DELTAS:
         raise Fail(f"no delta {sparsity.delta!r}; choose from {', '.join(DELTAS)}")
     for name in ("attn_keep", "attn_random", "mlp_keep"):

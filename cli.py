@@ -228,9 +228,10 @@ def check_sparsity(sparsity, steps):
     for name, kind in ("measure", tuple | int), ("skip", tuple):
         if not isinstance(getattr(sparsity, name), kind):
             raise Fail(f"{name} {getattr(sparsity, name)!r} is no tuple of step numbers like (1, 2, 4)")
-    for name, value in ("measure", sparsity.measure), ("choose", sparsity.choose):
-        if isinstance(value, int) and value < 1 or name == "choose" and not isinstance(value, int):
-            raise Fail(f"{name} {value!r} counts steps: it must be at least 1")
+    if isinstance(sparsity.measure, int) and sparsity.measure < 1:
+        raise Fail(f"measure {sparsity.measure} counts steps: it must be at least 1")
+    if not isinstance(sparsity.choose, int) or sparsity.choose < 1:
+        raise Fail(f"choose {sparsity.choose!r} counts steps: it must be a number from 1")
     if sparsity.delta not in DELTAS:
         raise Fail(f"no delta {sparsity.delta!r}; choose from {', '.join(DELTAS)}")
     for name in ("attn_keep", "attn_random", "mlp_keep"):

@@ -2787,15 +2787,15 @@ def test_what_fits_stays():
 
 
 @pytest.mark.parametrize("name, model, gpu, host, dense", [                 # GB
-    ("hunyuan", "720p", 80, 120, False), ("hunyuan", "720p", 80, 10, True), ("wan", "14b", 80, 100, False),
+    ("hunyuan", "720p", 80, 120, False), ("hunyuan", "720p", 80, 10, True), ("wan", "14b", 80, 130, False),
     ("flux", "dev", 23, 60, False), ("wan", "1.3b", 15, 30, False)])
 def test_published_sizes_fit_the_gpus_that_people_have(name, model, gpu, host, dense):
     settings = cli.Settings(model=model, device="cpu", dtype="bfloat16", dense=dense, preset="columns")
     need = PROGRAMS[name].find_need(cli.fill(settings, PROGRAMS[name].CONFIGS))
     placement = memory.choose(need, gpu * 1e9, host * 1e9)
     assert placement is not None and memory.describe(need, placement)
-    recorded = {("720p", False): (25.6, 60.8), ("720p", True): (25.6, 0), ("14b", False): (29.0, 100.6),
-                ("dev", False): (23.8, 9.2), ("1.3b", False): (2.9, 8.0)}[model, dense]        # weights, caches
+    recorded = {("720p", False): (25.6, 82.0), ("720p", True): (25.6, 0), ("14b", False): (29.0, 130.0),
+                ("dev", False): (23.8, 9.9), ("1.3b", False): (2.9, 10.9)}[model, dense]        # weights, caches
     assert (sum(need.blocks) + need.other_weights) / 1e9 == pytest.approx(recorded[0], abs=0.1)
     assert need.branches * sum(need.caches) / 1e9 == pytest.approx(recorded[1], abs=0.1)
 
@@ -3414,7 +3414,7 @@ parallel.run(flux_chipmunk.main)
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py",
                f"--prompt={PROMPT}", "--device=cpu", "--width=64", "--height=64",
-               "--preset=columns", f"--steps={1000 if fault else 4}", "--out=a.png"]
+               "--preset=columns", f"--steps={1000 if fault else 8}", "--out=a.png"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     if fault is None:
         assert run.returncode == 0 and (tmp_path / "a.png").exists() and len(run.stdout.splitlines()) == 2, run.stderr

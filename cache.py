@@ -2,14 +2,15 @@
 
 Attention, for every group g of 128 queries. S is the set of columns (keys) that the group keeps:
 
-    measure   o, mass = attention(q, k, v);  S = top columns by mass (+ random, + static);  rest = o - o_S
-    sparse    o = rest + o_S               o_S from fresh q, k, v over the columns S alone
+    measure   o, mass = attention(q, k, v);   S = top columns by mass (+ random, + static);   rest = o - o_S
+    refresh   o = attention(q, k, v);         S stays;                                        rest = o - o_S
+    sparse    o = rest + age * drift + o_S    o_S from fresh q, k, v over the columns S alone
 
 o_S comes in two kinds. delta="paper": a softmax over the columns S. delta="pooled": it also goes over the fresh mean of
 every 64 neighbouring columns, counted as often as these have columns outside S. The rest is then small. S is chosen by
-mass times the distance of v from its block's mean. From the second measure step on the rest follows what happens: it
-is also taken for the columns kept so far, and how far that went since the measure step before, divided by the steps
-between, is the drift, which every sparse step adds once more.
+mass times the distance of v from its block's mean. The drift is how far the rest of one S went from one measure or
+refresh step to the next, per step; before a measure step chooses, it takes the rest of the old S for that, too. age is
+the number of steps since the last of them.
 
 MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows:
 

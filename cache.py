@@ -4,13 +4,14 @@ Attention, for every group g of 128 queries. S is the set of columns (keys) that
 
     measure   o, mass = attention(q, k, v);   S = top columns by mass (+ random, + static);   rest = o - o_S
     refresh   o = attention(q, k, v);         S stays;                                        rest = o - o_S
-    sparse    o = rest + age * drift + o_S    o_S from fresh q, k, v over the columns S alone
+    sparse    o = rest + age * drift + o_S    o_S from fresh q, k, v
 
-o_S comes in two kinds. delta="paper": a softmax over the columns S. delta="pooled": it also goes over the fresh mean of
-every 64 neighbouring columns, counted as often as these have columns outside S. The rest is then small. S is chosen by
-mass times the distance of v from its block's mean. The drift is how far the rest of one S went from one measure or
-refresh step to the next, per step; before a measure step chooses, it takes the rest of the old S for that, too. age is
-the number of steps since the last of them.
+o_S comes in two kinds. delta="paper": a softmax over the columns S alone. delta="pooled": it also goes over the fresh
+mean of every 64 neighbouring columns, each counting as many times as its block has columns outside S. The rest is then
+small. S is chosen by mass times the distance of v from its block's mean.
+
+The drift is how far the rest of one S went from one measure or refresh step to the next, per step; for it a measure
+step first takes the rest of the old S, and then chooses. age is the number of steps since the last of them.
 
 MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows:
 
@@ -129,8 +130,8 @@ def until_sparse(plan):
 
 @dataclass
 class LayerState:
-    """What one layer remembers. Shapes: N query rows and Nk columns of attention, M rows of the MLP, G groups of 128
-    rows, K capacity of a column list, P pages of 65,536 columns, F hidden width."""
+    """What one layer remembers. Shapes: N rows and Nk columns of attention, N rows of the MLP, G groups of 128 rows,
+    K capacity of a column list, P pages of 65,536 columns, M blocks of 64 columns, F hidden width."""
     sparsity: Sparsity
     pooled_columns: int              # how many columns, from the first, the blocks of delta="pooled" cover
     static: torch.Tensor | None      # (Nk,) or (G, Nk) bool: attention columns always kept
@@ -144,9 +145,9 @@ class LayerState:
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
     drift: torch.Tensor = None       # (B, H, N, D) float8: how far o_rest goes in a step
     unlisted: torch.Tensor = None    # (B, H, G, M) uint8, delta="pooled" only: a block's columns that are not kept
-    sample: torch.Tensor = None      # (B, M / 8, F) gelu(W1 x + b1) of every 8th row, at the last full step
-    act: torch.Tensor = None         # (B, F, M) gelu(W1 x + b1), column after column
-    out: torch.Tensor = None         # (B, M, C) W2 act + b2
+    sample: torch.Tensor = None      # (B, N / 8, F) gelu(W1 x + b1) of every 8th row, when all was last computed
+    act: torch.Tensor = None         # (B, F, N) gelu(W1 x + b1), column after column
+    out: torch.Tensor = None         # (B, N, C) W2 act + b2
     mlp_columns: torch.Tensor = None # (B, G, K) uint16
     mlp_counts: torch.Tensor = None  # (B, G, P) int32
     homes: dict | None = None        # {name: host tensor}, for those of FOR_SPARSE that live on the host (offload.py)

@@ -231,7 +231,7 @@ def check_sparsity(sparsity, steps):
     if isinstance(sparsity.measure, int) and sparsity.measure < 1:
         raise Fail(f"measure {sparsity.measure} counts steps: it must be at least 1")
     if not isinstance(sparsity.choose, int) or sparsity.choose < 1:
-        raise Fail(f"choose {sparsity.choose!r} counts steps: it must be a number from 1")
+        raise Fail(f"choose {sparsity.choose!r} counts full steps: it must be a whole number from 1")
     if sparsity.delta not in DELTAS:
         raise Fail(f"no delta {sparsity.delta!r}; choose from {', '.join(DELTAS)}")
     for name in ("attn_keep", "attn_random", "mlp_keep"):
@@ -387,7 +387,7 @@ def make_parser(doc, configs, video=False):
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
         help="attention columns recomputed at a sparse step, 0 to 1")
     add("--measure-steps", type=measure_steps, metavar="N|LIST",
-        help="choose attention columns anew every N steps, or at the listed steps (1,2,4,7; a single one: 5,)")
+        help="compute in full every N steps, or at the listed steps (1,2,4,7; a single one: 5,)")
     add("--skip-steps", type=skip_steps, metavar="LIST",
         help="step caching: these steps rerun only the final layer; a list, or none")
     add("--show-plan", action="store_true", help="print what every step does and the memory it takes, then stop")

@@ -76,7 +76,7 @@ def evenly(n, some):
 
 
 def move_caches(state, resident, device):
-    """Let a fresh ModelState's layers keep on the host what only sparse steps read, but for `resident` of them; None:
+    """Let a fresh ModelState's layers keep on the host what sparse steps read, but for `resident` of them; None:
     all stays on the GPU. -> the state, which is None for a dense model"""
     if state is not None and resident is not None:
         own = [layer for layer in state.layers if layer is not None]
@@ -192,7 +192,7 @@ def living_away(block, layer, mode):
 
 
 def send_home(layer, mode, memory):
-    """Point a layer to the homes of what only sparse steps read, and make those that it has not got.
+    """Point a layer to the homes of what sparse steps read, and make those that it has not got.
     -> [(tensor on the GPU, its home)] of what changed, to be copied"""
     leaving = []
     for name in FOR_SPARSE:

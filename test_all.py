@@ -1910,7 +1910,7 @@ def test_bad_flags_end_in_one_line(call, monkeypatch, tmp_path, name, settings, 
     ({"sparsity": "pooled"}, "not a cache.Sparsity"), ({"sparsity": Sparsity(delta="x")}, "no delta 'x'"),
     ({"sparsity": Sparsity(attn_keep=2)}, "attn_keep 2"), ({"sparsity": Sparsity(skip=(0,))}, "step 0 cannot"),
     ({"sparsity": Sparsity(measure=(1, 99))}, "no step 99"), ({"sparsity": Sparsity(measure=0)}, "at least 1"),
-    ({"sparsity": Sparsity(choose=0)}, "choose 0 counts"), ({"sparsity": Sparsity(choose=(1,))}, "a number from 1"),
+    ({"sparsity": Sparsity(choose=0)}, "choose 0 counts"), ({"sparsity": Sparsity(choose=(1,))}, "number from 1"),
     ({"sparsity": Sparsity(skip="x")}, "no tuple of step numbers")])
 def test_python_raises_what_the_command_line_says(settings, says):
     with pytest.raises(cli.Fail, match=re.escape(says)):

@@ -100,7 +100,7 @@ class Config:
 
 # As many columns as in the original's preset for FLUX.1-dev. Attention is a small part of FLUX.1's steps, and skipping
 # them is both faster and closer to dense (README): so presets do that alone, but for "columns", which does not skip.
-FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", measure=4)
+FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", measure=5)
 FLUX_PRESETS = {"columns": FLUX_COLUMNS,
                 "quality": replace(FLUX_COLUMNS, delta="none", skip=between((), 2, 13)),
                 "balanced": replace(FLUX_COLUMNS, delta="none", skip=between((), 3)),

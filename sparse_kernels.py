@@ -762,7 +762,7 @@ def _column_sparse_attention_kernel(
         stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
         stride_bb, stride_bh, stride_bn, H, Nq, K, M, scale, sign, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         D: tl.constexpr, LOG2E: tl.constexpr, WIDE_OFFSETS: tl.constexpr, PAGES: tl.constexpr):
-    """One program: one group of rows against its listed columns, added to its rows of the base."""
+    """One program: one group of rows against its listed columns, added to its rows of the base or taken off them."""
     g = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     b = head // H
@@ -831,6 +831,7 @@ def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Ten
 def _column_sparse_attention_op(q, k, v, columns, counts, base, sign, k_mean=None, v_mean=None, unlisted=None):
     run = _pick(q, column_sparse_attention_triton, column_sparse_attention_ref)
     return run(q, k, v, columns, counts, base, sign, k_mean, v_mean, unlisted)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the first layer of the MLP: how its listed hidden columns changed

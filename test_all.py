@@ -915,7 +915,7 @@ def test_skipped_step_reruns_the_final_layer_only(name):
 def test_presets_are_faster_than_dense_or_give_way(name, capsys):
     for config in PROGRAMS[name].CONFIGS.values():
         times = [relative_time(make_plan(config.steps, preset), config.costs) for preset in config.presets.values()]
-        assert times == sorted(times, reverse=True) and (times[0] < 0.97 or config.steps < 10)
+        assert times == sorted(times, reverse=True) and (times[0] < 0.95 or config.steps < 10)
         for steps, preset in itertools.product(range(1, 60), config.presets):
             sparsity = cli.preset(config, preset, steps)
             said = capsys.readouterr().err
@@ -2254,9 +2254,11 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "presets"])
     bench.main()
     title, _, *rows, _, said = capsys.readouterr().out.splitlines()
-    assert title.endswith("| dense | columns | quality | balanced | fast |") and "NVIDIA H" in said
+    assert title.endswith("| dense | columns | quality | balanced | fast |")
     assert [row.split()[1] for row in rows] == list(PROGRAMS)
-    times = json.loads(bench.STEP_TIMES.read_text())["flux"]["eager"]
+    known = json.loads(bench.STEP_TIMES.read_text())["flux"]
+    assert known["device"] in said
+    times = known["eager"]
     dense, balanced = 50 * times["dense model"], 17 * times["dense model"] + 33 * times["skip"]      # one step of three
     assert f"| {dense:.1f} s (" in rows[0] and f"| {dense / balanced:.2f}x (" in rows[0]
 
@@ -2787,14 +2789,14 @@ def test_what_fits_stays():
 
 
 @pytest.mark.parametrize("name, model, gpu, host, dense", [                 # GB
-    ("hunyuan", "720p", 80, 120, False), ("hunyuan", "720p", 80, 10, True), ("wan", "14b", 80, 130, False),
+    ("hunyuan", "720p", 80, 120, False), ("hunyuan", "720p", 80, 10, True), ("wan", "14b", 80, 100, False),
     ("flux", "dev", 23, 60, False), ("wan", "1.3b", 15, 30, False)])
 def test_published_sizes_fit_the_gpus_that_people_have(name, model, gpu, host, dense):
     settings = cli.Settings(model=model, device="cpu", dtype="bfloat16", dense=dense, preset="columns")
     need = PROGRAMS[name].find_need(cli.fill(settings, PROGRAMS[name].CONFIGS))
     placement = memory.choose(need, gpu * 1e9, host * 1e9)
     assert placement is not None and memory.describe(need, placement)
-    recorded = {("720p", False): (25.6, 82.0), ("720p", True): (25.6, 0), ("14b", False): (29.0, 130.0),
+    recorded = {("720p", False): (25.6, 82.0), ("720p", True): (25.6, 0), ("14b", False): (29.0, 100.6),
                 ("dev", False): (23.8, 9.9), ("1.3b", False): (2.9, 10.9)}[model, dense]        # weights, caches
     assert (sum(need.blocks) + need.other_weights) / 1e9 == pytest.approx(recorded[0], abs=0.1)
     assert need.branches * sum(need.caches) / 1e9 == pytest.approx(recorded[1], abs=0.1)

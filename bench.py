@@ -44,8 +44,9 @@ import media
 import memory
 import parallel
 import wan_chipmunk
-from cache import Sparsity, between, fit_steps, make_plan, make_state
+from cache import make_state
 from offload import move_caches, move_weights
+from plan import Sparsity, between, fit_steps, make_plan
 from scenes import check, check_videos, is_flat, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, attention, attention_triton, attention_with_column_mass, choose_columns,
                             column_sparse_attention, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)

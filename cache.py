@@ -1,4 +1,4 @@
-"""What Chipmunk remembers between steps, and what it does at each step.
+"""What each layer remembers between steps, and what attention and the MLP do with it at each step.
 
 Attention, for every group g of 128 queries. S is the set of columns (keys) that the group keeps:
 
@@ -18,114 +18,19 @@ MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows:
     measure   out, and S = the hidden columns f that moved most since the full step before, times the norm of W2[:, f]
     sparse    out += W2[:, S] (gelu(W1[S] x + b1[S]) - what that was)       exact for the columns in S
 
-The plan of steps is a pure function (make_plan), and the caller owns the state (ModelState: one for each generation
-and each guidance branch). Source: arXiv 2506.03275, sections 3 and 4.
+plan.py tells which step is what. The caller owns the state (ModelState: one for each generation and each guidance
+branch). Source: arXiv 2506.03275, sections 3 and 4.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from plan import Sparsity
 from sparse_kernels import (GROUP, POOL, Pooled, attention, attention_with_column_mass, block_means, choose_columns,
                             column_sparse_attention, count_unlisted, sparse_mlp_fc1, sparse_mlp_fc2)
 
 SAMPLED = 8                    # of every so many rows of the MLP, one tells which columns move
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """How much to recompute, and when."""
-    attn_keep: float = 0.165         # share of columns kept by mass
-    attn_random: float = 0.0         # share kept at random
-    mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
-    measure: int | tuple = 10        # all is recomputed at step 1 and every so many steps, or at these steps
-    choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
-    skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
-    delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
-    extrapolate: bool = True         # what is reused goes on as the last two times it was computed; or it stays
-    dense_layers: int = 2            # the first layers are always dense
-
-
-@dataclass(frozen=True)
-class Step:
-    index: int
-    mode: str                        # "dense" | "measure": dense, and choose what to recompute | "refresh": dense, and
-                                     # keep the choice | "sparse" | "skip"
-    age: int = 0                     # steps since the last measure or refresh step before; 0: there is none
-
-    @property
-    def skip(self):
-        return self.mode == "skip"
-
-
-def fit_steps(sparsity, steps, made_for):
-    """A preset, which lists steps of a run of `made_for`, for a run of `steps`: the same moments are computed. So fewer
-    are skipped in a row of half as many steps, between which twice as much changes."""
-    def moments(indices, first):
-        return {min(max(first, round(i * steps / made_for)), steps - 1) for i in indices}
-    measure, skip = sparsity.measure, sparsity.skip
-    if not isinstance(measure, int):
-        measure = tuple(sorted(moments(measure, 1)))
-    if skip:
-        skip = tuple(sorted(set(range(steps)) - moments(set(range(made_for)) - set(skip), 0)))
-    return replace(sparsity, measure=measure, skip=skip)
-
-
-def between(full, every, first=1, steps=50):
-    """The steps to skip so that from `first` on, between the steps in `full`, only every `every`-th is computed.
-    -> tuple"""
-    skipped, age = [], 0                                             # age: steps since the last full one
-    for i in range(steps):
-        age = 0 if i in full or i < first else age + 1
-        if age % every:
-            skipped.append(i)
-    return tuple(skipped)
-
-
-def relative_time(plan, costs):
-    """How long a plan takes, as a share of the dense model's time for as many steps. costs: {a step's mode: its time as
-    a share of a step of the dense model}; where no step is sparse, a dense one is the dense model's."""
-    if all(step.mode != "sparse" for step in plan):
-        costs = costs | {"dense": 1.0}
-    return sum(costs[step.mode] for step in plan) / len(plan)
-
-
-def make_plan(steps, sparsity):
-    """What each of `steps` steps does, for a sparsity that fits them (fit_steps), or None: dense.
-    Pure: same arguments, same plan. -> list[Step]
-
-    All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
-    attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
-    If it is not one of every `choose`, it is a refresh step.
-    With delta="none" all steps are dense but those to skip.
-    Raises ValueError if step 0 is to be skipped."""
-    if sparsity is None:
-        return [Step(i, "dense") for i in range(steps)]
-    if 0 in sparsity.skip:
-        raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
-    full = set(sparsity.measure) if not isinstance(sparsity.measure, int) else {1, *range(0, steps, sparsity.measure)}
-    if sparsity.delta == "none":                                     # nothing to measure for
-        full = set()
-    first = min(full - {0}, default=steps)
-    computed = [i for i in range(steps) if i in full or i not in sparsity.skip]
-    sparse = {i for i in computed if i > first and i not in full}
-    plan, remembered = [Step(i, "skip") for i in range(steps)], []   # and the steps that fill the cache
-    for i, following in zip(computed, computed[1:] + [None]):
-        age = i - remembered[-1] if remembered else 0
-        if i in sparse:
-            mode = "sparse"
-        elif following not in sparse:
-            mode = "dense"
-        else:
-            mode = "refresh" if len(remembered) % sparsity.choose else "measure"
-            remembered.append(i)
-        plan[i] = Step(i, mode, age)
-    return plan
-
-
-def until_sparse(plan):
-    """The plan's first steps, the first sparse one included: every kernel runs in them."""
-    return plan[:1 + next((step.index for step in plan if step.mode == "sparse"), 0)]
 
 
 @dataclass

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from cache import Sparsity, fit_steps, make_plan, relative_time
 from interrupt import at_ctrl_c
+from plan import Sparsity, fit_steps, make_plan, relative_time
 from sparse_kernels import NO_KERNEL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -224,7 +224,7 @@ def preset(config, name, steps):
 def check_sparsity(sparsity, steps):
     """Raises Fail for what no run of `steps` can do."""
     if not isinstance(sparsity, Sparsity):
-        raise Fail(f"sparsity {sparsity!r} is not a cache.Sparsity")
+        raise Fail(f"sparsity {sparsity!r} is not a plan.Sparsity")
     for name, kind in ("measure", tuple | int), ("skip", tuple):
         if not isinstance(getattr(sparsity, name), kind):
             raise Fail(f"{name} {getattr(sparsity, name)!r} is no tuple of step numbers like (1, 2, 4)")

@@ -26,7 +26,8 @@ from PIL import Image
 import cli
 import flux_chipmunk
 from bench import FIGURES, STEP_TIMES, print_header, print_row
-from cache import Sparsity, Step, between, chipmunk_attention, chipmunk_mlp, make_plan, make_state, relative_time
+from cache import chipmunk_attention, chipmunk_mlp, make_state
+from plan import Sparsity, Step, between, make_plan, relative_time
 from sparse_kernels import GROUP, attention, attention_with_column_mass
 
 PROMPT, SEED = "a small orange heart above a large cyan triangle on a purple background", 6

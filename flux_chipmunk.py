@@ -40,9 +40,10 @@ import cli
 import media
 import memory
 import parallel
-from cache import Sparsity, between, chipmunk_attention, chipmunk_mlp, make_plan, make_state, until_sparse
+from cache import chipmunk_attention, chipmunk_mlp, make_state
 from offload import move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, scatter_heads
+from plan import Sparsity, between, make_plan, until_sparse
 from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
                            load_t5_tokenizer, tokenize)
@@ -627,7 +628,7 @@ def generate(prompt, *, model="tiny", weights=None, width=None, height=None, ste
     """Draw a prompt -> PIL image.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. preset: "columns",
-    "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense: recompute
+    "quality", "balanced" or "fast". sparsity: instead, a plan.Sparsity for this many steps. dense: recompute
     everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all" (weights,
     too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be done."""
     settings = cli.Settings(model=model, weights=weights, width=width, height=height, steps=steps, guidance=guidance,

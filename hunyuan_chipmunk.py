@@ -39,9 +39,10 @@ import cli
 import media
 import memory
 import parallel
-from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
+from cache import chipmunk_attention, make_state
 from offload import in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
+from plan import Sparsity, between, make_plan, until_sparse
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -682,7 +683,7 @@ def generate(prompt, *, model="tiny", weights=None, width=None, height=None, fra
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
-    preset: "columns", "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense:
+    preset: "columns", "quality", "balanced" or "fast". sparsity: instead, a plan.Sparsity for this many steps. dense:
     recompute everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all"
     (weights, too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be
     done."""

@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoints
 import cli
-from cache import FOR_SPARSE, Step, make_state
+from cache import FOR_SPARSE, make_state
 from offload import evenly
+from plan import Step
 
 MARGIN = 1.1                   # for what the allocator loses between tensors, and libraries work with
 REHEARSED = Step(0, "dense"), Step(1, "measure"), Step(2, "measure", 1), Step(3, "sparse", 1)

@@ -53,8 +53,8 @@ import text_encoders
 import train_tiny
 import wan_chipmunk
 from bench import columns_to_mask
-from cache import (Sparsity, Step, between, chipmunk_attention, chipmunk_mlp, fit_steps, make_plan, make_state,
-                   relative_time)
+from cache import chipmunk_attention, chipmunk_mlp, make_state
+from plan import Sparsity, Step, between, fit_steps, make_plan, relative_time
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
 
@@ -1907,7 +1907,7 @@ def test_bad_flags_end_in_one_line(call, monkeypatch, tmp_path, name, settings, 
     ({"frames": 0}, "from 1 to 1001"), ({"frames": 16}, "4 n + 1, like 13 or 17"), ({"seed": 1.5}, "seed 1.5"),
     ({"guidance": math.nan}, "guidance nan is not a number"), ({"prompt": " "}, "no prompt"),
     ({"prompt": 5}, "not text"), ({"weights": "nowhere"}, "no folder nowhere"), ({"weights": ""}, "--weights is empty"),
-    ({"sparsity": "pooled"}, "not a cache.Sparsity"), ({"sparsity": Sparsity(delta="x")}, "no delta 'x'"),
+    ({"sparsity": "pooled"}, "not a plan.Sparsity"), ({"sparsity": Sparsity(delta="x")}, "no delta 'x'"),
     ({"sparsity": Sparsity(attn_keep=2)}, "attn_keep 2"), ({"sparsity": Sparsity(skip=(0,))}, "step 0 cannot"),
     ({"sparsity": Sparsity(measure=(1, 99))}, "no step 99"), ({"sparsity": Sparsity(measure=0)}, "at least 1"),
     ({"sparsity": Sparsity(choose=0)}, "choose 0 counts"), ({"sparsity": Sparsity(choose=(1,))}, "number from 1"),

@@ -40,9 +40,10 @@ import cli
 import media
 import memory
 import parallel
-from cache import Sparsity, between, chipmunk_attention, make_plan, make_state, until_sparse
+from cache import chipmunk_attention, make_state
 from offload import in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
+from plan import Sparsity, between, make_plan, until_sparse
 from sparse_kernels import GROUP
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
@@ -596,7 +597,7 @@ def generate(prompt, *, model="tiny", weights=None, negative_prompt=None, width=
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
-    preset: "columns", "quality", "balanced" or "fast". sparsity: instead, a cache.Sparsity for this many steps. dense:
+    preset: "columns", "quality", "balanced" or "fast". sparsity: instead, a plan.Sparsity for this many steps. dense:
     recompute everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all"
     (weights, too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be
     done."""

@@ -1,0 +1,107 @@
+"""What to recompute, and when: settings (Sparsity), and what each step does (make_plan), known before the first one.
+
+    dense     everything is computed
+    measure   everything; columns are chosen, and the others' contribution is remembered
+    refresh   everything; the columns stay
+    sparse    the chosen columns alone; what the others contributed is reused (cache.py)
+    skip      the final layer alone, on what went into it before
+
+Nothing here computes: a plan is a list of Steps, made of whole numbers.
+"""
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How much to recompute, and when."""
+    attn_keep: float = 0.165         # share of columns kept by mass
+    attn_random: float = 0.0         # share kept at random
+    mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
+    measure: int | tuple = 10        # all is recomputed at step 1 and every so many steps, or at these steps
+    choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
+    skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
+    delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
+    extrapolate: bool = True         # what is reused goes on as the last two times it was computed; or it stays
+    dense_layers: int = 2            # the first layers are always dense
+
+
+@dataclass(frozen=True)
+class Step:
+    index: int
+    mode: str                        # "dense" | "measure": dense, and choose what to recompute | "refresh": dense, and
+                                     # keep the choice | "sparse" | "skip"
+    age: int = 0                     # steps since the last measure or refresh step before; 0: there is none
+
+    @property
+    def skip(self):
+        return self.mode == "skip"
+
+
+def fit_steps(sparsity, steps, made_for):
+    """A preset, which lists steps of a run of `made_for`, for a run of `steps`: the same moments are computed. So fewer
+    are skipped in a row of half as many steps, between which twice as much changes."""
+    def moments(indices, first):
+        return {min(max(first, round(i * steps / made_for)), steps - 1) for i in indices}
+    measure, skip = sparsity.measure, sparsity.skip
+    if not isinstance(measure, int):
+        measure = tuple(sorted(moments(measure, 1)))
+    if skip:
+        skip = tuple(sorted(set(range(steps)) - moments(set(range(made_for)) - set(skip), 0)))
+    return replace(sparsity, measure=measure, skip=skip)
+
+
+def between(full, every, first=1, steps=50):
+    """The steps to skip so that from `first` on, between the steps in `full`, only every `every`-th is computed.
+    -> tuple"""
+    skipped, age = [], 0                                             # age: steps since the last full one
+    for i in range(steps):
+        age = 0 if i in full or i < first else age + 1
+        if age % every:
+            skipped.append(i)
+    return tuple(skipped)
+
+
+def relative_time(plan, costs):
+    """How long a plan takes, as a share of the dense model's time for as many steps. costs: {a step's mode: its time as
+    a share of a step of the dense model}; where no step is sparse, a dense one is the dense model's."""
+    if all(step.mode != "sparse" for step in plan):
+        costs = costs | {"dense": 1.0}
+    return sum(costs[step.mode] for step in plan) / len(plan)
+
+
+def make_plan(steps, sparsity):
+    """What each of `steps` steps does, for a sparsity that fits them (fit_steps), or None: dense.
+    Pure: same arguments, same plan. -> list[Step]
+
+    All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
+    attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
+    If it is not one of every `choose`, it is a refresh step.
+    With delta="none" all steps are dense but those to skip.
+    Raises ValueError if step 0 is to be skipped."""
+    if sparsity is None:
+        return [Step(i, "dense") for i in range(steps)]
+    if 0 in sparsity.skip:
+        raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
+    full = set(sparsity.measure) if not isinstance(sparsity.measure, int) else {1, *range(0, steps, sparsity.measure)}
+    if sparsity.delta == "none":                                     # nothing to measure for
+        full = set()
+    first = min(full - {0}, default=steps)
+    computed = [i for i in range(steps) if i in full or i not in sparsity.skip]
+    sparse = {i for i in computed if i > first and i not in full}
+    plan, remembered = [Step(i, "skip") for i in range(steps)], []   # and the steps that fill the cache
+    for i, following in zip(computed, computed[1:] + [None]):
+        age = i - remembered[-1] if remembered else 0
+        if i in sparse:
+            mode = "sparse"
+        elif following not in sparse:
+            mode = "dense"
+        else:
+            mode = "refresh" if len(remembered) % sparsity.choose else "measure"
+            remembered.append(i)
+        plan[i] = Step(i, mode, age)
+    return plan
+
+
+def until_sparse(plan):
+    """The plan's first steps, the first sparse one included: every kernel runs in them."""
+    return plan[:1 + next((step.index for step in plan if step.mode == "sparse"), 0)]

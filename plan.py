@@ -10,6 +10,9 @@ Nothing here computes: a plan is a list of Steps, made of whole numbers.
 """
 from dataclasses import dataclass, replace
 
+MODES = ("dense", "measure", "refresh", "sparse", "skip")
+DELTAS = ("pooled", "paper", "none")
+
 
 @dataclass(frozen=True)
 class Sparsity:
@@ -24,13 +27,37 @@ class Sparsity:
     extrapolate: bool = True         # what is reused goes on as the last two times it was computed; or it stays
     dense_layers: int = 2            # the first layers are always dense
 
+    def __post_init__(self):
+        """Raises ValueError for a value that is not allowed."""
+        def whole(x, low):
+            return isinstance(x, int) and x >= low
+
+        def listed(x, low):
+            return isinstance(x, tuple) and all(whole(i, low) for i in x)
+
+        def share(x):
+            return isinstance(x, int | float) and 0 <= x <= 1
+
+        for name, fits, allowed in (
+                *((name, share, "a number from 0 to 1") for name in ("attn_keep", "attn_random", "mlp_keep")),
+                ("measure", lambda x: whole(x, 1) or listed(x, 0), "a whole number from 1, or a tuple like (1, 2, 4)"),
+                ("choose", lambda x: whole(x, 1), "a whole number from 1"),
+                ("skip", lambda x: listed(x, 1), "a tuple of steps from 1: step 0 has nothing to reuse"),
+                ("delta", lambda x: x in DELTAS, f"one of {', '.join(DELTAS)}"),
+                ("dense_layers", lambda x: whole(x, 0), "a whole number from 0")):
+            if not fits(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not {allowed}")
+
 
 @dataclass(frozen=True)
 class Step:
     index: int
-    mode: str                        # "dense" | "measure": dense, and choose what to recompute | "refresh": dense, and
-                                     # keep the choice | "sparse" | "skip"
+    mode: str                        # one of MODES
     age: int = 0                     # steps since the last measure or refresh step before; 0: there is none
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r} is not one of {', '.join(MODES)}")
 
     @property
     def skip(self):
@@ -76,12 +103,9 @@ def make_plan(steps, sparsity):
     All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
     attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
     If it is not one of every `choose`, it is a refresh step.
-    With delta="none" all steps are dense but those to skip.
-    Raises ValueError if step 0 is to be skipped."""
+    With delta="none" all steps are dense but those to skip."""
     if sparsity is None:
         return [Step(i, "dense") for i in range(steps)]
-    if 0 in sparsity.skip:
-        raise ValueError("step 0 cannot be skipped: there is nothing to reuse yet")
     full = set(sparsity.measure) if not isinstance(sparsity.measure, int) else {1, *range(0, steps, sparsity.measure)}
     if sparsity.delta == "none":                                     # nothing to measure for
         full = set()

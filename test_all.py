@@ -855,6 +855,15 @@ def test_the_rest_goes_on_as_between_two_full_steps(extrapolate, choose):
     assert layer.attn_work == pytest.approx(3 + passes * (static.sum() + 4) / 256)
 
 
+def test_a_drift_beyond_its_8_bits_stays_finite():
+    sparsity, most = Sparsity(attn_keep=0.0, measure=(1, 3), dense_layers=0), torch.finfo(torch.float8_e5m2).max
+    layer = make_state(1, sparsity, 256, None, 0, DEVICE).layers[0]
+    q, k, v = torch.randn(3, 1, 2, 256, 32, device=DEVICE)
+    for step in make_plan(5, sparsity):
+        o = chipmunk_attention(q, k, 1e7 * step.index * v, layer, step)
+    assert o.isfinite().all() and layer.drift.float().aminmax() == (-most, most)
+
+
 def test_mlp_keeps_what_moved_most_and_weighs_most():
     """Each group's rows move along one feature, which four hidden columns see; two of these weigh nothing."""
     sparsity = Sparsity(mlp_keep=2 / 64, measure=(1,), dense_layers=0)

@@ -208,14 +208,13 @@ def fill(settings, configs):
 
 
 def preset(config, name, steps):
-    """A model's preset for a run of `steps`. If these are too few for it to be faster than dense: step caching alone,
-    or None, dense. Raises Fail if there is no such preset."""
+    """A model's preset for a run of `steps`. None, dense, if these are too few for it to be faster than that.
+    Raises Fail if there is no such preset."""
     if not isinstance(name, str) or name not in config.presets:
         raise Fail(f"no preset {name!r}; choose from {', '.join(config.presets)}")
     sparsity = fit_steps(config.presets[name], steps, config.steps)
-    for choice in sparsity, replace(sparsity, delta="none"):
-        if relative_time(make_plan(steps, choice), config.costs) < 1:
-            return choice
+    if relative_time(make_plan(steps, sparsity), config.costs) < 1:
+        return sparsity
     note(f"in {steps} steps, preset {name} is not faster than dense; so nothing is reused")
     return None
 

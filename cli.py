@@ -362,7 +362,7 @@ def make_parser(doc, configs, video=False):
     add("--dense", action="store_true", help="recompute everything at every step: the plain model")
     add("--compare", action="store_true",
         help="dense and Chipmunk from the same noise, side by side, with PSNR, SSIM and both times")
-    add("--preset", choices=list(configs["tiny"].presets), default="balanced",
+    add("--preset", choices=list(configs["tiny"].presets),
         help="how much to recompute; what follows changes it (default: balanced)")
     add("--delta", choices=DELTAS,
         help="how the remembered part of attention is added (cache.py); none: no sparse steps")
@@ -381,7 +381,7 @@ def parse(parser, configs, show_need):
     --show-plan prints the plan, calls show_need(settings) and ends the program. Raises Fail for what cannot be done."""
     args = parser.parse_args()
     config = configs[args.model]
-    given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name in args}
+    given = {field.name: value for field in fields(Settings) if (value := getattr(args, field.name, None)) is not None}
     steps = args.steps or config.steps
     sparsity = chosen_sparsity(args, config, steps)
     plan = make_plan(steps, sparsity)
@@ -403,13 +403,14 @@ def chosen_sparsity(args, config, steps):
     Raises Fail if they list a step that the run does not have."""
     if args.dense:
         return None
+    chosen = args.preset or Settings.preset
     changes = {"delta": args.delta, "attn_keep": args.attn_keys, "measure": args.measure_steps, "skip": args.skip_steps}
     if "mlp_keys" in args:                                           # FLUX alone has this flag
         changes["mlp_keep"] = args.mlp_keys
     changes = {name: value for name, value in changes.items() if value is not None}
     if not changes:
-        return preset(config, args.preset, steps)
-    sparsity = replace(fit_steps(config.presets[args.preset], steps, config.steps), **changes)
+        return preset(config, chosen, steps)
+    sparsity = replace(fit_steps(config.presets[chosen], steps, config.steps), **changes)
     check_sparsity(sparsity, steps)
     if relative_time(make_plan(steps, sparsity), config.costs) >= 1:
         note("with these flags a run is not faster than --dense")
@@ -420,9 +421,9 @@ def note_idle_flags(args, sparsity, plan):
     """Say which flags have no effect. sparsity: the chosen one."""
     idle, why = ("attn_keys", "mlp_keys", "measure_steps"), "--delta none"
     if args.dense:
-        idle, why = (*idle, "delta", "skip_steps"), "--dense"
+        idle, why = ("preset", *idle, "delta", "skip_steps"), "--dense"
     elif args.delta is None:
-        why = f"preset {args.preset}, which has no sparse steps (preset columns has)"
+        why = f"preset {args.preset or Settings.preset}, which has no sparse steps (preset columns has)"
     given = [f"--{name.replace('_', '-')}" for name in idle if getattr(args, name, None) is not None]
     if given and (args.dense or sparsity.delta == "none"):
         note(f"{', '.join(given)}: no effect with {why}")

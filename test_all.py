@@ -2984,6 +2984,7 @@ def test_no_more_than_everything_is_recomputed(call, tmp_path):
     ({"dense": None, "attn_keys": 0.5, "mlp_keys": 0.5}, "note: --attn-keys, --mlp-keys: no effect with --dense"),
     ({"delta": "none", "measure_steps": "1,3", "skip_steps": "3"}, "note: --measure-steps: no effect with --delta"),
     ({"delta": "none", "skip_steps": "3"}, ""), ({"dense": None, "delta": "none"}, "note: --delta: no effect with"),
+    ({"dense": None, "preset": "fast"}, "note: --preset: no effect with --dense"), ({"steps": 20}, ""),
     ({"preset": "columns", "measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""),
     ({"steps": 5}, "note: in 5 steps, preset balanced is not faster than dense"),
     ({"preset": "columns", "measure_steps": 1}, "note: with these flags a run is not faster than --dense")])

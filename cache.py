@@ -94,12 +94,10 @@ def make_state(layers, sparsity, pooled_columns, static, seed, device):
     if sparsity is None:
         return None
     dense = layers if sparsity.delta == "none" else min(sparsity.dense_layers, layers)
-    most, states = 0 if static is None else int(static.sum(-1).max()), [None] * dense
-    for i in range(len(states), layers):
-        attn_work, mlp_work = torch.zeros(2, device=device)
-        states.append(LayerState(sparsity, pooled_columns, static, most, (seed * layers + i) % 2**31,
-                                 attn_work, mlp_work))
-    return ModelState(states, sparsity.extrapolate)
+    most = 0 if static is None else int(static.sum(-1).max())
+    states = [LayerState(sparsity, pooled_columns, static, most, (seed * layers + i) % 2**31,
+                         *torch.zeros(2, device=device)) for i in range(dense, layers)]
+    return ModelState([None] * dense + states, sparsity.extrapolate)
 
 
 def chipmunk_attention(q, k, v, layer_state, step):
@@ -107,12 +105,13 @@ def chipmunk_attention(q, k, v, layer_state, step):
     says. -> (B, H, N, D)"""
     if layer_state is None:
         return F.scaled_dot_product_attention(q, k, v)
-    s, sparsity = layer_state, layer_state.sparsity
+    s, sparsity, n = layer_state, layer_state.sparsity, layer_state.pooled_columns
 
     def with_columns(base, sign):
         """base plus or minus the attention to the columns S, and to the means of the others. -> (B, H, N, D)"""
         s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
-        return column_sparse_attention(q, k, v, s.columns, s.counts, base, sign, pool(k, v, s))
+        pooled = Pooled(block_means(k, n), block_means(v, n), s.unlisted) if sparsity.delta == "pooled" else None
+        return column_sparse_attention(q, k, v, s.columns, s.counts, base, sign, pooled)
 
     if step.mode == "sparse":
         rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)    # (B, H, N, D)
@@ -121,7 +120,6 @@ def chipmunk_attention(q, k, v, layer_state, step):
     if step.mode == "measure":
         o, s.lse, mass = attention_with_column_mass(q, k, v, s.lse)
         if sparsity.delta == "pooled":                               # a column counts for what its block's mean misses
-            n = s.pooled_columns
             mean = block_means(v, n).repeat_interleave(POOL, 2)[:, :, :n]        # (B, H, n, D)
             mass[..., :n] *= (v[:, :, :n] - mean).norm(dim=-1)[:, :, None]       # (B, H, G, n)
         chosen = choose_columns(mass, sparsity.attn_keep, sparsity.attn_random, s.static, _seed(s, step), s.static_most)
@@ -138,18 +136,10 @@ def chipmunk_attention(q, k, v, layer_state, step):
     if step.mode == "measure":
         s.columns, s.counts = chosen
         if sparsity.delta == "pooled":
-            s.unlisted = count_unlisted(s.columns, s.counts, s.pooled_columns)   # (B, H, G, M)
+            s.unlisted = count_unlisted(s.columns, s.counts, n)                  # (B, H, G, M)
         rest = with_columns(o, -1)
     s.o_rest = rest
     return o
-
-
-def pool(k, v, layer_state):
-    """The means of fresh k and v (B, H, Nk, D) for the blocks' columns that are not kept. -> Pooled; None: no means"""
-    if layer_state.unlisted is None:
-        return None
-    n = layer_state.pooled_columns
-    return Pooled(block_means(k, n), block_means(v, n), layer_state.unlisted)
 
 
 def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):

@@ -24,7 +24,8 @@ class Sparsity:
     choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
     skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
     delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
-    extrapolate: bool = True         # what is reused goes on as the last two times it was computed; or it stays
+    extrapolate: bool = True         # what is reused (rests, and before the final layer the hidden state) goes on as
+                                     # the last two times it was computed; False: it stays as it was the last time
     dense_layers: int = 2            # the first layers are always dense
 
     def __post_init__(self):

@@ -13,12 +13,12 @@ GROUP neighbouring query rows share one list S_g of key columns and attend to th
     sparse_mlp_fc1              x, w1, b1, columns, counts, act -> delta       how listed hidden columns changed
     sparse_mlp_fc2              delta, w2t, columns, counts, out -> out        their change, added onto the output
 
-The file goes op by op. For each op X:
+The file goes op by op. An op that has a kernel is four functions with the same result. For choose_columns these are:
 
-    X         the contract; runs X_triton on a GPU and X_ref elsewhere
-    X_ref     the definition
-    X_triton  launches the kernels above it, with the signature of X_ref; under TRITON_INTERPRET=1 also on a CPU
-    _X_op     what torch.compile sees of X
+    choose_columns         the one to call; its docstring says what goes in and what comes out
+    choose_columns_ref     the definition, in plain PyTorch
+    choose_columns_triton  starts the Triton kernels, which stand above it; under TRITON_INTERPRET=1 also on a CPU
+    _choose_columns_op     picks _triton on a GPU and _ref elsewhere; torch.compile does not look inside
 
 Shapes: B batch, H heads, N tokens (Nq query rows, Nk columns), D head dimension, G = ceil(Nq / GROUP) groups,
 K room for columns in a list, P = ceil(Nk / PAGE) pages of 65,536 columns.

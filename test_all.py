@@ -54,7 +54,7 @@ import train_tiny
 import wan_chipmunk
 from bench import columns_to_mask
 from cache import chipmunk_attention, chipmunk_mlp, make_state
-from plan import Sparsity, Step, between, fit_steps, make_plan, relative_time
+from plan import DELTAS, MODES, Sparsity, Step, between, fit_steps, make_plan, relative_time
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
 
@@ -589,6 +589,13 @@ for call in (lambda: sk.attention_triton(q, q, q), lambda: sk.choose_columns_tri
 
 
 @needs_kernels
+def test_an_op_with_a_kernel_is_four_functions():
+    ops = [name.removesuffix("_triton") for name in vars(sk) if name.endswith("_triton") and name[0] != "_"]
+    assert len(ops) == 6 and all(op in sk.__doc__ for op in ops)
+    for name in [name for op in ops for name in (op, f"{op}_ref", f"_{op}_op")]:
+        assert callable(getattr(sk, name))
+
+
 def test_kernels_say_what_is_wrong():
     q, k, v = inputs(130, 61, 16)
     with pytest.raises(ValueError, match="head dimension"):
@@ -3460,6 +3467,9 @@ def test_method_page_shows_what_figures_prints_and_its_slow_lines_are_the_defini
     programs, *rows = rows[next(i for i, row in enumerate(rows) if "flux_chipmunk.py" in row[0]):]
     named += [(cell, program.strip(" `")) for row in rows for cell, program in zip(row, programs)]
     assert len(rows) == 12
+    explained = re.search(r"^## Glossary\n(.*?)^## ", page, re.DOTALL | re.MULTILINE)[1]
+    for word in (*MODES, *DELTAS, "full step", "extrapolate"):
+        assert re.search(rf"^\|.*\b{word}\b", explained, re.MULTILINE), word
     for names, file in named:
         for name in re.findall(r"`(?:\w+\.)?(\w+)`", names.replace(f"`{file}`", "")):
             assert re.search(rf"\b(def|class) {name}\b|^{name} = ", (HERE / file).read_text(encoding="utf-8"),

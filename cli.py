@@ -118,6 +118,7 @@ def run(main):
     if sys.stderr is None:                                           # closed; progress bars want one
         sys.stderr = open(os.devnull, "w")
     at_ctrl_c(signal.default_int_handler)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")      # else tenths of a GPU lie in gaps
     try:
         main()
     except Fail as error:

@@ -2406,6 +2406,13 @@ def test_a_missing_compiler_is_said(call, monkeypatch, tmp_path):
     assert "need a C compiler; install one" in error_of(outcome) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("users", [None, "backend:native"])
+def test_programs_leave_no_gaps_in_gpu_memory_unless_the_user_decides(monkeypatch, users):
+    monkeypatch.setattr(os, "environ", {"PYTORCH_ALLOC_CONF": users} if users else {})
+    cli.run(lambda: None)
+    assert os.environ == {"PYTORCH_ALLOC_CONF": users or "expandable_segments:True"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
 @pytest.mark.parametrize("room", [3e7, 1.5e8])
 def test_a_limit_of_address_space_ends_in_one_line(tmp_path, room):

@@ -224,7 +224,7 @@ def order():
 def plan():
     pyplot, layers = load_pyplot(), 5
     full = 1, 4, 8, 12
-    sparsity = replace(flux_chipmunk.FLUX_COLUMNS, choose=2, skip=between(full, 2, steps=13))
+    sparsity = replace(flux_chipmunk.FLUX_COLUMNS, measure=full, choose=2, skip=between(full, 2, steps=13))
     steps = make_plan(13, sparsity)
     times = json.loads(STEP_TIMES.read_text())
     costs = {name: {mode: seconds / found["eager"]["dense model"] for mode, seconds in found["eager"].items()}

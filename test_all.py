@@ -3500,7 +3500,10 @@ def test_figures_are_drawn_and_their_shares_are_right(monkeypatch, tmp_path, cap
     figures.main()
     for name in sys.argv[1:]:
         assert Image.open(tmp_path / f"{name}.png").width > 500 and (tmp_path / f"{name}.png").stat().st_size < 300_000
-    assert len(re.findall(r"^\| (?:attention|MLP)", capsys.readouterr().out, re.MULTILINE)) == 18
+    printed, page = capsys.readouterr().out, (HERE / "method.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\| (?:attention|MLP)", printed, re.MULTILINE)) == 18
+    said = re.search(r"13 steps take [\d.]+ of the dense model's time", printed)[0]
+    assert said in page
 
     before, now = ([torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3)] for _ in range(2))
     added = [(q @ k.mT / 2).softmax(-1)[..., None] * v[:, :, None] for q, k, v in (before, now)]     # (1, 2, 6, 6, 4)

@@ -153,7 +153,8 @@ def make_moving_scene(rng, train=True, plain=False):
     """A random scene for a video: one thing and what it does. train and plain as in make_scene."""
     while True:
         colour, background = rng.sample(list(COLOURS), 2)
-        shape, motion = rng.choice(SHAPES), rng.choice((*MOTIONS, *PANS))
+        more = 2 * train * ("rotates",)                              # the hardest to learn
+        shape, motion = rng.choice(SHAPES), rng.choice((*MOTIONS, *PANS, *more))
         if held_out(colour, shape, motion) == train or motion == "rotates" and shape in ROUND:
             continue
         sizes = ("", "", "large") if motion == "rotates" else ("", "", *SIZES)   # turning is hard to see in the small

@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import random
-import re
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,6 +44,7 @@ import memory
 import parallel
 import wan_chipmunk
 from cache import make_state
+from compiled import compile_blocks
 from offload import move_caches, move_weights
 from plan import Sparsity, between, fit_steps, make_plan
 from scenes import check, check_videos, is_flat, make_moving_scene, make_scene, turned_shapes
@@ -592,9 +592,7 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
         return {"dense model": median(seconds(sample, None, 4, ranks))}
     for way in "eager", "compiled":
         if way == "compiled":
-            for path, module in model.named_modules():
-                if re.search(r"blocks\.\d+$", path):
-                    module.compile()
+            compile_blocks(model)
         peak_memory(device)
         ways[way] = dense_time(step_seconds)
         peaks.append(peak_memory(device))

@@ -161,7 +161,7 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
         sample = act[:, ::SAMPLED]                                               # (B, N / 8, F)
         if step.mode == "measure":
             moved = movement(sample, s.sample) * w2.norm(dim=0)                  # (B, G, F)
-            columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, _seed(s, step))
+            columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, 0)
             s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]            # (B, G, K), (B, G, P)
         if step.mode != "dense":
             s.act, s.out = act.mT.contiguous(), out
@@ -184,4 +184,6 @@ def _share(counts, n, unlisted=None):
 
 
 def _seed(layer_state, step):
+    if not layer_state.sparsity.attn_random:                         # else compiled for one layer, and again for all
+        return 0
     return (layer_state.seed * 1_000_003 + step.index) % 2**31       # another draw for every layer and step

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from torch._dynamo.exc import ShortenTraceback
 
 from interrupt import at_ctrl_c
 from plan import DELTAS, Sparsity, fit_steps, make_plan, relative_time
@@ -134,9 +135,14 @@ def run(main):
             sys.exit(f"error: {memory_advice(error)}")
         if NO_KERNEL.search(str(error)):
             said = str(error).splitlines()[0]
-            sys.exit(f"error: no kernel can do this on this GPU ({said}); try --dtype float32, or --device cpu")
+            sys.exit(f"error: no kernel can do this on this GPU ({said}); leave --compile out, or try --dtype "
+                     "float32, or --device cpu")
         if "Failed to find C compiler" in str(error):
             sys.exit("error: Triton's kernels need a C compiler; install one (gcc or clang), or try --device cpu")
+        if isinstance(error, ShortenTraceback):                      # no C++ compiler, no Triton, a GPU too old for it
+            said = str(error).splitlines()[0]
+            sys.exit(f"error: --compile failed ({said}); on a CPU it needs a C++ compiler (g++ or clang++), on a GPU "
+                     "Triton; or leave it out")
         raise
 
 # ---------------------------------------------------------------------------------------------------------
@@ -162,6 +168,7 @@ class Settings:
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
     offload: str | None = None           # "none" | "caches" | "all" live on the host; None, also after fill: what must
+    compile: bool = False                # the transformer's blocks, by torch.compile
 
 
 def fill(settings, configs):
@@ -357,6 +364,8 @@ def make_parser(doc, configs, video=False):
     add("--dtype", choices=list(DTYPES), help="default: bfloat16; float32 for tiny on a CPU")
     add("--offload", choices=OFFLOADS,
         help="what lives in host memory: nothing, Chipmunk's caches, or weights too (default: what must)")
+    add("--compile", action="store_true",
+        help="compile the transformer's blocks (torch.compile): the first steps are slow, the others faster")
 
     chipmunk = parser.add_argument_group("Chipmunk", "what to recompute, and when (defaults: the model's preset)")
     add = chipmunk.add_argument

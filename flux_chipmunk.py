@@ -41,6 +41,7 @@ import media
 import memory
 import parallel
 from cache import chipmunk_attention, chipmunk_mlp, make_state
+from compiled import clock, compile_blocks, compile_seconds
 from offload import move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, scatter_heads
 from plan import Sparsity, between, make_plan, until_sparse
@@ -624,22 +625,23 @@ def autoencoder_layout(levels):
 
 
 def generate(prompt, *, model="tiny", weights=None, width=None, height=None, steps=None, guidance=None, seed=0,
-             preset="balanced", sparsity=None, dense=False, device=None, dtype=None, offload=None):
+             preset="balanced", sparsity=None, dense=False, device=None, dtype=None, offload=None, compile=False):
     """Draw a prompt -> PIL image.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. preset: "columns",
     "quality", "balanced" or "fast". sparsity: instead, a plan.Sparsity for this many steps. dense: recompute
     everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all" (weights,
-    too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be done."""
+    too) live on the host; None: what must. compile: every block by torch.compile. None: the model's own value. Raises
+    cli.Fail for what cannot be done."""
     settings = cli.Settings(model=model, weights=weights, width=width, height=height, steps=steps, guidance=guidance,
                             seed=seed, preset=preset, sparsity=sparsity, dense=dense, device=device, dtype=dtype,
-                            offload=offload)
+                            offload=offload, compile=compile)
     (picture, _), = render(prompt, cli.fill(settings, CONFIGS))
     return media.to_image(picture)
 
 
 class Report(NamedTuple):
-    seconds: float             # of all steps, without encoding and decoding
+    seconds: float             # of all steps, without encoding, decoding and compiling
     attn: float                # share of attention columns that were recomputed
     mlp: float                 # share of MLP columns, likewise
     saved: float               # share of floating-point operations saved
@@ -667,6 +669,8 @@ def render(prompt, settings, compare=False, ranks=None):
     flux = load_part("flux", config, folder, device if placement.blocks == layers else torch.device("cpu"), dtype)
     flux.lay_out_for_deltas()                                        # also dense, which then is compare's dense half
     move_weights(flux, flux.all_blocks, placement.blocks, device)
+    if settings.compile:
+        compile_blocks(flux)
 
     def fresh_state(sparsity):
         return move_caches(make_state(layers, sparsity, tokens, None, settings.seed, device), placement.layers, device)
@@ -677,11 +681,11 @@ def render(prompt, settings, compare=False, ranks=None):
         if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
             state = fresh_state(sparsity)
             sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
-        start = time.perf_counter()
+        start = clock()
         state = fresh_state(sparsity)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(flux, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)     # (1, N, 4 z)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         parallel.add_up_work(ranks, [state])
         results.append((x, Report(seconds, *work_done(config.flux, tokens, h * w, plan, state))))
     del flux, state
@@ -816,6 +820,8 @@ def main():
     cli.say(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
             f"{time.perf_counter() - start:.1f} s")
     ours = reports[-1]
+    if settings.compile:
+        cli.note(f"compiling took {compile_seconds():.1f} s")
     if settings.sparsity:
         cli.say(cli.work_line(ours.attn, ours.saved, ours.mlp))
     if args.compare:

@@ -40,6 +40,7 @@ import media
 import memory
 import parallel
 from cache import chipmunk_attention, make_state
+from compiled import clock, compile_blocks, compile_seconds
 from offload import in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
 from plan import Sparsity, between, make_plan, until_sparse
@@ -679,23 +680,24 @@ def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=No
 
 
 def generate(prompt, *, model="tiny", weights=None, width=None, height=None, frames=None, steps=None, guidance=None,
-             seed=0, preset="balanced", sparsity=None, dense=False, device=None, dtype=None, offload=None):
+             seed=0, preset="balanced", sparsity=None, dense=False, device=None, dtype=None, offload=None,
+             compile=False):
     """Make a video of a prompt -> list of PIL images, its frames.
 
     model: a name in CONFIGS. weights: a folder or Hugging Face repository. width, height: pixels. frames: 4 n + 1.
     preset: "columns", "quality", "balanced" or "fast". sparsity: instead, a plan.Sparsity for this many steps. dense:
     recompute everything. device: "cpu", "cuda", ... dtype: "float32" or "bfloat16". offload: "none", "caches" or "all"
-    (weights, too) live on the host; None: what must. None: the model's own value. Raises cli.Fail for what cannot be
-    done."""
+    (weights, too) live on the host; None: what must. compile: every block by torch.compile. None: the model's own
+    value. Raises cli.Fail for what cannot be done."""
     settings = cli.Settings(model=model, weights=weights, width=width, height=height, frames=frames, steps=steps,
                             guidance=guidance, seed=seed, preset=preset, sparsity=sparsity, dense=dense,
-                            device=device, dtype=dtype, offload=offload)
+                            device=device, dtype=dtype, offload=offload, compile=compile)
     (video, _), = render(prompt, cli.fill(settings, CONFIGS))
     return [media.to_image(frame) for frame in video]
 
 
 class Report(NamedTuple):
-    seconds: float             # of all steps, without encoding and decoding
+    seconds: float             # of all steps, without encoding, decoding and compiling
     attn: float                # share of the video's attention columns that were recomputed
     saved: float               # share of floating-point operations saved
 
@@ -724,6 +726,8 @@ def render(prompt, settings, compare=False, ranks=None):
     layers = config.hunyuan.dual_blocks + config.hunyuan.single_blocks
     hunyuan = load_part("hunyuan", config, folder, device if placement.blocks == layers else torch.device("cpu"), dtype)
     move_weights(hunyuan, hunyuan.all_blocks, placement.blocks, device)
+    if settings.compile:
+        compile_blocks(hunyuan)
 
     def fresh_state(sparsity):
         state = make_state(layers, sparsity, n_video, layout.static, settings.seed, device)
@@ -735,11 +739,11 @@ def render(prompt, settings, compare=False, ranks=None):
         if compare and device.type == "cuda":                        # compile every kernel first: both times are fair
             state = fresh_state(sparsity)
             sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, until_sparse(plan), state)
-        start = time.perf_counter()
+        start = clock()
         state = fresh_state(sparsity)
         steps = tqdm(plan, "denoising" if sparsity else "dense", leave=False, disable=None)
         x = sample(hunyuan, noise, text, pooled, settings.guidance, sigmas, layout, steps, state)  # (1, z, t, 2h, 2w)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         parallel.add_up_work(ranks, [state])
         attn, saved = work_done(config.hunyuan, n_video, text.shape[1], plan, state)
         results.append((x, Report(seconds, attn, saved)))
@@ -885,6 +889,8 @@ def main():
     out = media.write_video(out, video, settings.fps, cli.describe(args, settings), new=args.out is None)
     cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
             f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
+    if settings.compile:
+        cli.note(f"compiling took {compile_seconds():.1f} s")
     if settings.sparsity:
         cli.say(cli.work_line(reports[-1].attn, reports[-1].saved))
     if args.compare:

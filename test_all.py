@@ -54,6 +54,7 @@ import train_tiny
 import wan_chipmunk
 from bench import columns_to_mask
 from cache import chipmunk_attention, chipmunk_mlp, make_state
+from compiled import clock, compile_seconds
 from plan import DELTAS, MODES, Sparsity, Step, between, fit_steps, make_plan, relative_time
 from text_encoders import load_clip_tokenizer, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
@@ -1832,6 +1833,44 @@ def test_python_and_the_command_line_make_the_same(call, tmp_path, name):
 
 
 @each_model
+@torch._dynamo.config.patch(recompile_limit=7)                              # torch's own is 8
+def test_compiled_blocks_draw_the_same(call, monkeypatch, tmp_path, name):
+    """With a backend that needs no compiler. A graph break, or compiling a kind of block an eighth time, fails."""
+    program, compiled, compile = PROGRAMS[name], [], nn.Module.compile
+
+    def compile_and_note(module, **options):
+        compiled.append(module)
+        compile(module, backend="eager", fullgraph=True, **options)
+    monkeypatch.setattr(nn.Module, "compile", compile_and_note)
+    torch._dynamo.reset()
+    flags = SHORT[name] | SPARSE | {"steps": 12, "measure_steps": 3, "skip_steps": 5}         # every kind of step
+    pictures = []
+    for more in [], ["--compile"]:
+        status, _, errors = call(name, "--compare", *more, out=tmp_path / "a.png", **flags)
+        notes = [line for line in errors if re.fullmatch(r"note: compiling took [\d.]+ s", line)]
+        assert status == 0 and len(notes) == len(more)
+        pictures.append(np.asarray(Image.open(tmp_path / "a.png")))
+    assert np.array_equal(*pictures)
+    assert "--compile" not in Image.open(tmp_path / "a.png").text["command"]
+    config = getattr(program.CONFIGS["tiny"], name)
+    kinds = {"flux": ("double_blocks", "single_blocks"), "wan": ("layers",),
+             "hunyuan": ("dual_blocks", "single_blocks", "refiner_blocks")}[name]
+    blocks = sum(getattr(config, kind) for kind in kinds)
+    assert len(compiled) == blocks
+    program.generate(PROMPT, device="cpu", compile=True, **SHORT[name] | {"steps": 1})
+    assert len(compiled) == 2 * blocks
+
+
+def test_the_clock_stands_still_while_something_is_compiled():
+    def slow_backend(graph, inputs):
+        time.sleep(0.5)
+        return graph
+    compiled, start = compile_seconds(), clock()
+    torch.compile(lambda x: x + 1, backend=slow_backend)(torch.ones(1))
+    assert compile_seconds() - compiled > 0.5 > clock() - start
+
+
+@each_model
 def test_files_get_new_names_unless_named(call, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     steps = {"steps": 1}
@@ -2249,7 +2288,7 @@ def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
         now[0] += rng.uniform(1, 3)
         return now[0]
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=perf_counter))
-    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: None)
     config = tiny_run(name, PROGRAMS[name].CONFIGS["tiny"])
     monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "times.json")
     bench.STEP_TIMES.write_text('{"another": {}}')
@@ -2399,11 +2438,15 @@ def test_where_one_attention_has_no_kernel_the_next_is_tried(call, monkeypatch, 
     assert len(outcome[2]) == 1 and "memory" not in error_of(outcome) and not list(tmp_path.iterdir())
 
 
-def test_a_missing_compiler_is_said(call, monkeypatch, tmp_path):
-    said = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
-    monkeypatch.setattr(flux_chipmunk, "sample", failing(RuntimeError(said)))                  # Triton 3.9's words
-    outcome = call("flux", out=tmp_path / "a.png", **SHORT["flux"])
-    assert "need a C compiler; install one" in error_of(outcome) and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("error, advice", [
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set "   # Triton 3.9's words
+                  "triton.knobs.build.impl."), "need a C compiler; install one"),
+    (torch._inductor.exc.InductorError(torch._inductor.exc.InvalidCxxCompiler(), None),
+     "No working C++ compiler found in torch._inductor.config.cpp.cxx")])
+def test_a_missing_compiler_is_said(call, monkeypatch, tmp_path, error, advice):
+    monkeypatch.setattr(flux_chipmunk, "sample", failing(error))
+    outcome = call("flux", "--dense", out=tmp_path / "a.png", **SHORT["flux"])
+    assert advice in error_of(outcome) and len(outcome[2]) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("users", [None, "backend:native"])
@@ -3371,7 +3414,7 @@ def test_several_processes_draw_what_one_does_and_one_speaks(call, monkeypatch, 
 
 def test_speed_table_says_how_many_gpus_and_how_long_they_talk(tmp_path):
     def work(rank):
-        nn.Module.compile = lambda self: None
+        nn.Module.compile = lambda self, **options: None
         ranks = parallel.start(CPU, 4)
         bench.speed_table("flux", "tiny", tiny_run("flux", flux_chipmunk.CONFIGS["tiny"]), CPU, ranks)
         parallel.leave(ranks)

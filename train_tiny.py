@@ -43,6 +43,7 @@ import cli
 import media
 import scenes
 import wan_chipmunk
+from compiled import compile_blocks
 from recipes import RECIPES
 
 SAMPLES = 8                    # held-out scenes on a sheet
@@ -314,13 +315,6 @@ def make_painters(recipe, config):
     return painters
 
 
-def compile_blocks(model):
-    """Compile every block of a transformer and its text encoders in place; those of one kind share their code."""
-    for name, module in model.named_modules():
-        if re.search(r"(blocks?|layers)\.\d+$", name):
-            module.compile(dynamic=False)
-
-
 def shifted(t, stage):
     """Times t in 0..1, moved towards noise, the more the more tokens there are: there things find their places."""
     shift = max(1.0, 0.18 * math.prod(stage.grid)**0.5)
@@ -348,7 +342,7 @@ def flow_stage(recipe, painters, autoencoder, stage, read, held_out, work, devic
         latents, outlines, captions = cache_latents(recipe, autoencoder, stage, work, device)
         tokens = numbers(captions)
         for model in painters, teacher or painters:
-            compile_blocks(model)
+            compile_blocks(model, dynamic=False)
 
         def loss(generator):
             """Flow matching; with a teacher, matching its guided velocity instead."""

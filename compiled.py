@@ -1,0 +1,28 @@
+"""torch.compile, block by block: what is compiled for one block serves all of its kind, and all steps of a kind.
+
+Steps are of a kind if a block's code goes the same way: dense in a layer without a LayerState, and with one; measure,
+sparse; refresh, and the other two again, when there is a full step before to take a drift from. These are seven. torch
+compiles eight and then gives up (torch._dynamo.config.recompile_limit).
+"""
+import re
+import time
+
+from torch._dynamo.utils import calculate_time_spent
+
+
+def compile_blocks(model, dynamic=None):
+    """Have every block of a model, or of several, compiled when it is first called. In place. dynamic: torch.compile's;
+    with None, numbers that change from step to step become variables."""
+    for path, module in model.named_modules():
+        if re.search(r"(blocks?|layers)\.\d+$", path):
+            module.compile(dynamic=dynamic)
+
+
+def compile_seconds():
+    """How long this process has compiled so far."""
+    return calculate_time_spent()["total_wall_time"]
+
+
+def clock():
+    """Seconds, by a clock that stands still while something is compiled."""
+    return time.perf_counter() - compile_seconds()

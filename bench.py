@@ -44,7 +44,7 @@ import memory
 import parallel
 import wan_chipmunk
 from cache import make_state
-from compiled import compile_blocks
+from compiled import compile_blocks, compile_seconds
 from offload import move_caches, move_weights
 from plan import Sparsity, between, fit_steps, make_plan
 from scenes import check, check_videos, is_flat, make_moving_scene, make_scene, turned_shapes
@@ -614,7 +614,7 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
                   *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense, totals)))
     dense_peak, peak = map(memory.gigabytes, peaks[:2])
     cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: dense {dense_peak}, "
-            f"Chipmunk {peak})")
+            f"Chipmunk {peak}; compiling took {compile_seconds():.0f} s)")
     return f"{name}, {size}", ways
 
 

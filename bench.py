@@ -4,7 +4,7 @@
                                (sooner with --captions 20)
     python bench.py caching    what it costs to skip steps and compute the others densely: what sparse steps must beat
     python bench.py frontier   how close to dense at which speed: step caching, the paper's rule, ours, the presets
-    python bench.py presets    how much faster the presets make the real models, by the times of `speed`
+    python bench.py presets    how much faster the presets make the real models, by the times of `speed` and `whole`
     python bench.py speed      how long the steps of FLUX.1-dev take, dense and with Chipmunk (on a GPU)
     python bench.py whole      a run of it from noise to pixels, by kind of step, and the memory it takes (on a GPU)
     python bench.py kernels    how fast the kernels are on this GPU, against the framework's fastest dense ones
@@ -46,7 +46,7 @@ import wan_chipmunk
 from cache import make_state
 from compiled import compile_blocks, compile_seconds
 from offload import move_caches, move_weights
-from plan import Sparsity, between, fit_steps, make_plan
+from plan import MODES, Sparsity, between, fit_steps, make_plan
 from scenes import check, check_videos, is_flat, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, attention, attention_triton, attention_with_column_mass, choose_columns,
                             column_sparse_attention, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
@@ -278,7 +278,7 @@ def caching(args):
 # ---------------------------------------------------------------------------------------------------------
 # frontier: how close to dense at which speed, by the time that the real model's steps take
 
-STEP_TIMES = Path(__file__).with_name("step_times.json")             # `speed` writes it
+STEP_TIMES = Path(__file__).with_name("step_times.json")             # `speed` and `whole` write it
 FIGURES = Path(__file__).with_name("assets")
 SPEEDUPS = 1.25, 1.5, 2.0, 2.5, 3.0, 4.0
 
@@ -366,14 +366,15 @@ def presets(args):
     """What the presets gain on the real models, by the times that `speed` noted."""
     known = json.loads(STEP_TIMES.read_text())
     print_header("50 steps, eager (compiled)", "dense", *flux_chipmunk.CONFIGS["dev"].presets)
-    for stem, times in known.items():
+    for name, times in known.items():
+        stem, *_ = name.split()
         program, size, _ = REAL[stem]
-        config, ways = program.CONFIGS[size], (times["eager"], times["compiled"])
+        config, ways = program.CONFIGS[size], [times[way] for way in ("eager", "compiled") if way in times]
         dense = [run_seconds(config.steps, None, way) for way in ways]
-        cells = ["{:.1f} s ({:.1f} s)".format(*dense)]
+        cells = [" (".join(f"{total:.1f} s" for total in dense) + ")" * (len(ways) - 1)]
         for sparsity in config.presets.values():
-            ratios = (total / run_seconds(config.steps, sparsity, way) for total, way in zip(dense, ways))
-            cells.append("{:.2f}x ({:.2f}x)".format(*ratios))
+            ratios = [total / run_seconds(config.steps, sparsity, way) for total, way in zip(dense, ways)]
+            cells.append(" (".join(f"{ratio:.2f}x" for ratio in ratios) + ")" * (len(ways) - 1))
         print_row(f"{stem} {times['model']}", *cells)
     cli.say(f"\n({', '.join({times['device'] for times in known.values()})}, bfloat16, random weights)")
 
@@ -533,12 +534,15 @@ def speed(args):
 
 def whole(args):
     name, config, device = real_model(args)
-    whole_table(args.model, name, config, args.preset, device, place(args, name, config, device))
+    model, times = whole_table(args.model, name, config, args.preset, device, place(args, name, config, device))
+    if times.keys() >= set(MODES) and not (args.frames or args.size or args.offload):
+        note_times(f"{args.model} whole", model, {"eager": {"dense model": times["dense"]} | times}, device)
 
 
 @torch.no_grad()
 def whole_table(stem, name, config, preset, device, placement=None):
-    """Time a run with random weights from noise to pixels, by a preset: steps by kind, and decoding."""
+    """Time a run with random weights from noise to pixels, by a preset: steps by kind, and decoding. -> the model and
+    its size in words, {kind of step: seconds, the median}"""
     program, sparsity, seconds = REAL[stem][0], config.presets[preset], []
     plan = make_plan(config.steps, sparsity)
 
@@ -564,14 +568,20 @@ def whole_table(stem, name, config, preset, device, placement=None):
     decoding = now() - start
 
     print_header(f"{stem} {name}, {config.steps} steps, preset {preset}", "steps", "a step, median", "in all")
-    for kind in dict.fromkeys(step.mode for step in plan):
-        times = [s for mode, s in seconds if mode == kind]
-        print_row(kind, str(len(times)), f"{median(times):.3f} s", f"{sum(times):.1f} s")
+    times = {kind: [s for mode, s in seconds if mode == kind] for kind in dict.fromkeys(step.mode for step in plan)}
+    for kind, taken in times.items():
+        print_row(kind, str(len(taken)), f"{median(taken):.3f} s", f"{sum(taken):.1f} s")
     print_row("decoding", "", "", f"{decoding:.1f} s")
     print_row("**whole**", "", "", f"**{sum(s for _, s in seconds) + decoding:.1f} s**")
     peaks = f"denoising {memory.gigabytes(denoising)}, decoding {memory.gigabytes(peak_memory(device))}"
     cli.say(f"\n({where(device)}, bfloat16, random weights; the first step of a kind also compiles kernels, the first "
             f"to measure pins memory; peak memory: {peaks})")
+    return in_words(stem, name, config), {kind: median(taken) for kind, taken in times.items()}
+
+
+def in_words(stem, name, config):
+    """A real model and its size."""
+    return f"{name}, {config.width}x{config.height}" + (f"x{config.frames}" if stem != "flux" else "")
 
 
 @torch.no_grad()
@@ -601,9 +611,8 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
     if ranks:
         ways["compiled, in collectives"] = dense_time(collective_seconds) | times(collective_seconds)
 
-    size = f"{config.width}x{config.height}" + (f"x{config.frames}" if stem != "flux" else "")
     gpus = f"{dist.get_world_size()} GPUs, " if ranks else ""
-    print_header(f"{stem} {name}, {size}, {gpus}a step", *ways)
+    print_header(f"{stem} {in_words(stem, name, config)}, {gpus}a step", *ways)
     for kind in ways["eager"]:
         print_row(kind, *(f"{seconds[kind]:.3f} s" for seconds in ways.values()))
     dense = [config.steps * seconds["dense model"] for seconds in ways.values()]
@@ -615,13 +624,13 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
     dense_peak, peak = map(memory.gigabytes, peaks[:2])
     cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: dense {dense_peak}, "
             f"Chipmunk {peak}; compiling took {compile_seconds():.0f} s)")
-    return f"{name}, {size}", ways
+    return in_words(stem, name, config), ways
 
 
-def note_times(stem, model, ways, device):
-    """Write what speed_table returned into step_times.json."""
+def note_times(name, model, ways, device):
+    """Write what speed_table or whole_table measured into step_times.json."""
     known = json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {}
-    known[stem] = {"model": model, "device": where(device), "date": str(date.today()),
+    known[name] = {"model": model, "device": where(device), "date": str(date.today()),
                    **{way: {kind: round(s, 4) for kind, s in times.items()} for way, times in ways.items()}}
     STEP_TIMES.write_text(json.dumps(known, indent=1) + "\n")
 

@@ -2320,7 +2320,7 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     bench.main()
     title, _, *rows, _, said = capsys.readouterr().out.splitlines()
     assert title.endswith("| dense | columns | quality | balanced | fast |")
-    assert [row.split()[1] for row in rows] == list(PROGRAMS)
+    assert [row.split()[1] for row in rows] == [*PROGRAMS, "hunyuan"] and "x129 | 1162.0 s | " in rows[-1]
     known = json.loads(bench.STEP_TIMES.read_text())["flux"]
     assert known["device"] in said
     times = known["eager"]
@@ -2332,11 +2332,13 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
 def test_whole_table_adds_up(capsys, name):
     config = tiny_run(name, PROGRAMS[name].CONFIGS["tiny"])
     config = replace(config, steps=9, presets={"columns": Sparsity(measure=(1, 4), skip=(7,))})
-    bench.whole_table(name, "tiny", config, "columns", CPU)
+    model, medians = bench.whole_table(name, "tiny", config, "columns", CPU)
     title, _, *rows, _, said = capsys.readouterr().out.splitlines()
+    assert model.startswith("tiny, 32x32") and title.startswith(f"| {name} tiny")
     rows = {row.split("|")[1].strip(" *"): row.split("|")[2:-1] for row in rows}
     assert list(rows) == ["dense", "measure", "sparse", "skip", "decoding", "whole"] and "peak memory" in said
     assert [int(rows[kind][0]) for kind in ("dense", "measure", "sparse", "skip")] == [1, 2, 5, 1]
+    assert {kind: float(rows[kind][1].strip(" s")) for kind in medians} == pytest.approx(medians, abs=1e-3)
     *parts, total = (float(row[2].strip(" *s")) for row in rows.values())
     assert total == pytest.approx(sum(parts), abs=0.3)
 

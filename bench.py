@@ -72,7 +72,8 @@ def print_header(*cells):
 
 def where(device):
     """What a table was measured on."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} CPU thread{'s' * (threads > 1)}"
     return f"{name}, torch {torch.__version__}"
 
 # ---------------------------------------------------------------------------------------------------------
@@ -312,7 +313,9 @@ def frontier(args):
     except ImportError:
         raise cli.Fail("frontier draws a figure; install what draws it: pip install matplotlib") from None
     config, device, scenes, templates, batches, generate = prepare(args)
-    times = json.loads(STEP_TIMES.read_text())[args.model]
+    known = json.loads(STEP_TIMES.read_text())
+    times = known.get(f"{args.model} whole", known[args.model])      # at the published size, if that was measured
+    way = "compiled" if "compiled" in times else "eager"
     results = {}                                                     # {family: [(speed-up, PSNR, SSIM, things, label)]}
     dense = [generate(batch, None) for batch in batches]
     for family, plans in plans_to_compare(args.model, config).items():
@@ -325,8 +328,7 @@ def frontier(args):
                 checks = looked_at([scenes[i] for i in batch], drawn, templates)
                 things, asked = things + sum(c[0] for c in checks), asked + sum(c[1] for c in checks)
             psnrs, ssims = zip(*alike)
-            seconds = times["compiled"]
-            speedup = run_seconds(config.steps, None, seconds) / run_seconds(steps, sparsity, seconds)
+            speedup = run_seconds(config.steps, None, times[way]) / run_seconds(steps, sparsity, times[way])
             results[family].append((speedup, mean(psnrs), mean(ssims), things / asked, label))
 
     print_header(f"{args.model} tiny, {args.captions} captions, at least", *(f"{speedup}x" for speedup in SPEEDUPS))
@@ -338,7 +340,7 @@ def frontier(args):
             cells.append(f"{psnr:.1f} dB, {ssim:.4f}, {things:.0%} ({speedup:.2f}x: {label})" if fast else "-")
         print_row(family, *cells)
     draw_frontier(pyplot, results, args.model, times)
-    cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']}, compiled, on {times['device']})")
+    cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']}, {way}, on {times['device']})")
 
 
 def draw_frontier(pyplot, results, model, times):

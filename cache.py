@@ -11,7 +11,8 @@ mean of every 64 neighbouring columns, each counting as many times as its block 
 small. S is chosen by mass times the distance of v from its block's mean.
 
 The drift is how far the rest of one S went from one measure or refresh step to the next, per step; for it a measure
-step first takes the rest of the old S, and then chooses. age is the number of steps since the last of them.
+step first takes the rest of the old S, and then chooses. It serves the rest of the new S as well: most columns are in
+neither. age is the number of steps since the last of them.
 
 MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows:
 
@@ -44,7 +45,7 @@ class LayerState:
     seed: int
     attn_work: torch.Tensor          # () attentions so far: 1 a dense pass, and what is kept for each pass over S
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
-    lse: torch.Tensor = None         # (B, H, N) of the last dense attention
+    lse: torch.Tensor = None         # (B, H, N) of the last full step
     columns: torch.Tensor = None     # (B, H, G, K) uint16
     counts: torch.Tensor = None      # (B, H, G, P) int32
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
@@ -184,6 +185,6 @@ def _share(counts, n, unlisted=None):
 
 
 def _seed(layer_state, step):
-    if not layer_state.sparsity.attn_random:                         # else compiled for one layer, and again for all
+    if not layer_state.sparsity.attn_random:                         # for a number that changes, all compiles again
         return 0
     return (layer_state.seed * 1_000_003 + step.index) % 2**31       # another draw for every layer and step

@@ -182,7 +182,8 @@ def fill(settings, configs):
     given = {field.name: getattr(settings, field.name) for field in fields(settings)}
     for name, (kind, low, high) in RANGES.items():
         value = given[name]
-        if value is not None and not (isinstance(value, int | kind) and low <= value <= high):
+        optional = name != "seed"                                    # None: the model's own
+        if not (value is None and optional or isinstance(value, int | kind) and low <= value <= high):
             raise Fail(f"{name} {value!r} is not {range_words(kind, low, high)}")
     own = {name: getattr(config, name, None) for name, value in given.items() if value is None and name != "weights"}
     settings = replace(settings, **own)
@@ -230,7 +231,7 @@ def preset(config, name, steps):
 def check_sparsity(sparsity, steps):
     """Raises Fail for what no run of `steps` can do."""
     if not isinstance(sparsity, Sparsity):
-        raise Fail(f"sparsity {sparsity!r} is not a plan.Sparsity")
+        raise Fail(f"sparsity {sparsity!r} is not a plan.Sparsity; a preset goes by preset='columns'")
     measure = () if isinstance(sparsity.measure, int) else sparsity.measure
     for i in (*measure, *sparsity.skip):
         if i >= steps:
@@ -423,7 +424,7 @@ def chosen_sparsity(args, config, steps):
     sparsity = replace(fit_steps(config.presets[chosen], steps, config.steps), **changes)
     check_sparsity(sparsity, steps)
     if relative_time(make_plan(steps, sparsity), config.costs) >= 1:
-        note("with these flags a run is not faster than --dense")
+        note("by the published model's step times, a run with these flags is not faster than --dense")
     return sparsity
 
 
@@ -479,15 +480,16 @@ def recorded_flags(args, settings):
     """Every flag that makes the same result again -> {flag: value}"""
     names = ("model", "weights", "negative_prompt", "width", "height", "frames", "fps", "steps", "guidance", "seed")
     said = {name.replace("_", "-"): getattr(settings, name) for name in names if getattr(settings, name) is not None}
-    said |= {"dense": settings.dense, "compare": args.compare, "device": settings.device.type,
-             "dtype": str(settings.dtype).removeprefix("torch.")}
+    said |= {"dense": settings.dense, "compare": args.compare, "compile": settings.compile,
+             "device": settings.device.type, "dtype": str(settings.dtype).removeprefix("torch.")}
     sparsity = settings.sparsity
     if sparsity is None:
         return said
     measure = sparsity.measure
     if not isinstance(measure, int):
         measure = "".join(f"{i}," for i in measure)
-    said |= {"delta": sparsity.delta, "skip-steps": ",".join(map(str, sparsity.skip)) or "none"}
+    said |= {"preset": settings.preset, "delta": sparsity.delta,
+             "skip-steps": ",".join(map(str, sparsity.skip)) or "none"}
     if sparsity.delta != "none":                                     # else these have no effect
         said |= {"attn-keys": sparsity.attn_keep, "measure-steps": measure}
         if "mlp_keys" in args:

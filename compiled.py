@@ -11,8 +11,8 @@ from torch._dynamo.utils import calculate_time_spent
 
 
 def compile_blocks(model, dynamic=None):
-    """Have every block of a model, or of several, compiled when it is first called. In place. dynamic: torch.compile's;
-    with None, numbers that change from step to step become variables."""
+    """Have every block within a module compiled, in place, when it is first called. dynamic: torch.compile's; with
+    None, numbers that change from step to step become variables."""
     for path, module in model.named_modules():
         if re.search(r"(blocks?|layers)\.\d+$", path):
             module.compile(dynamic=dynamic)

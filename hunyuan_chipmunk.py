@@ -114,7 +114,7 @@ FULL = tuple(range(4, 50, 8))
 HUNYUAN_PRESETS = {"columns": HUNYUAN_COLUMNS,
                    "quality": replace(HUNYUAN_COLUMNS, delta="none", skip=between((), 2, 8)),
                    "balanced": replace(HUNYUAN_COLUMNS, delta="none", skip=between((), 3, 8)),
-                   "fast": replace(HUNYUAN_COLUMNS, measure=FULL, skip=between(FULL, 4, 4))}
+                   "fast": replace(HUNYUAN_COLUMNS, measure=FULL, choose=3, skip=between(FULL, 4, 4))}
 HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.44, "refresh": 1.08, "sparse": 0.57, "skip": 0.001}
 
 CONFIGS = {

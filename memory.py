@@ -228,9 +228,9 @@ def place(find_need, settings, ranks=None):
 
 def advice(settings, fits):
     """What to try if settings do not fit, in words."""
-    found = []
-    if settings.sparsity and fits(replace(settings, sparsity=None)):
-        found.append("--dense (no caches)")
+    sparsity = settings.sparsity
+    without_caches = {"--preset balanced": replace(sparsity, delta="none"), "--dense": None} if sparsity else {}
+    found = [flag for flag, other in without_caches.items() if fits(replace(settings, sparsity=other))][:1]
     if settings.dtype == torch.float32 and settings.device.type == "cuda":
         found.append("--dtype bfloat16")
     if settings.frames and settings.frames > 1:
@@ -242,7 +242,7 @@ def advice(settings, fits):
     if n:
         size = smaller[n - 1]
         found.append(f"--frames {size.frames}" if size.frames else f"--width {size.width} --height {size.height}")
-    return f"{' or '.join(found or ['a larger machine'])} fits"
+    return f"{' or '.join(found)} fits" if found else "nothing smaller fits; take a larger machine"
 
 
 def gigabytes(size):

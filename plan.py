@@ -16,7 +16,7 @@ DELTAS = ("pooled", "paper", "none")
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How much to recompute, and when."""
+    """How much to recompute, and when. The models' presets (CONFIGS) set their own values."""
     attn_keep: float = 0.165         # share of columns kept by mass
     attn_random: float = 0.0         # share kept at random
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
@@ -31,13 +31,13 @@ class Sparsity:
     def __post_init__(self):
         """Raises ValueError for a value that is not allowed."""
         def whole(x, low):
-            return isinstance(x, int) and x >= low
+            return type(x) is int and x >= low                       # True is no number
 
         def listed(x, low):
             return isinstance(x, tuple) and all(whole(i, low) for i in x)
 
         def share(x):
-            return isinstance(x, int | float) and 0 <= x <= 1
+            return type(x) in (int, float) and 0 <= x <= 1
 
         for name, fits, allowed in (
                 *((name, share, "a number from 0 to 1") for name in ("attn_keep", "attn_random", "mlp_keep")),
@@ -45,6 +45,7 @@ class Sparsity:
                 ("choose", lambda x: whole(x, 1), "a whole number from 1"),
                 ("skip", lambda x: listed(x, 1), "a tuple of steps from 1: step 0 has nothing to reuse"),
                 ("delta", lambda x: x in DELTAS, f"one of {', '.join(DELTAS)}"),
+                ("extrapolate", lambda x: type(x) is bool, "True or False"),
                 ("dense_layers", lambda x: whole(x, 0), "a whole number from 0")):
             if not fits(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not {allowed}")
@@ -66,8 +67,8 @@ class Step:
 
 
 def fit_steps(sparsity, steps, made_for):
-    """A preset, which lists steps of a run of `made_for`, for a run of `steps`: the same moments are computed. So fewer
-    are skipped in a row of half as many steps, between which twice as much changes."""
+    """A preset, which lists steps of a run of `made_for`, for a run of `steps`: at the same moments something is
+    computed, so in half as many steps half as many in a row are skipped. `measure` as a number stays."""
     def moments(indices, first):
         return {min(max(first, round(i * steps / made_for)), steps - 1) for i in indices}
     measure, skip = sparsity.measure, sparsity.skip
@@ -103,7 +104,7 @@ def make_plan(steps, sparsity):
 
     All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
     attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
-    If it is not one of every `choose`, it is a refresh step.
+    Of these steps only every `choose`-th is a measure step, the others are refresh steps.
     With delta="none" all steps are dense but those to skip."""
     if sparsity is None:
         return [Step(i, "dense") for i in range(steps)]

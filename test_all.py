@@ -673,9 +673,10 @@ def test_plan_says_what_every_step_does():
 def test_values_that_no_plan_can_have_are_named():
     Sparsity(attn_keep=0, attn_random=1, mlp_keep=1.0, measure=1, choose=1, skip=(1,), delta="none", dense_layers=0)
     Sparsity(measure=(0, 3)), Sparsity(measure=())
-    never = {**dict.fromkeys(("attn_keep", "attn_random", "mlp_keep"), (-0.1, 1.1, math.nan, "all", None)),
-             "measure": (0, -1, 2.5, (-1, 3), (1.5,), [1, 2]), "choose": (0, 1.5, (1,)), "dense_layers": (-1, 0.5),
-             "skip": ((0, 3), (-1,), ("x",), "x", 3), "delta": ("mass", None)}
+    never = {**dict.fromkeys(("attn_keep", "attn_random", "mlp_keep"), (-0.1, 1.1, True, math.nan, "all", None)),
+             "measure": (0, -1, True, 2.5, (-1, 3), (1.5,), [1, 2]), "choose": (0, 1.5, (1,)),
+             "dense_layers": (-1, 0.5), "skip": ((0, 3), (-1,), ("x",), "x", 3), "delta": ("mass", None),
+             "extrapolate": ("no", 1)}
     for name, value in [(name, value) for name, values in never.items() for value in values]:
         with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not ")):
             replace(Sparsity(), **{name: value})
@@ -1799,6 +1800,24 @@ def test_a_result_is_made_again_by_the_command_that_it_remembers(call, tmp_path,
 
 
 @each_model
+def test_the_remembered_command_has_the_settings_of_the_first(monkeypatch, name):
+    program, parse, parsed = PROGRAMS[name], cli.parse, []
+
+    def stop(*given):
+        parsed.append(parse(*given))
+        sys.exit()
+    monkeypatch.setattr(cli, "parse", stop)
+    for model, preset in itertools.product(program.CONFIGS, program.CONFIGS["tiny"].presets):
+        flags = ["--prompt", PROMPT, "--model", model, "--preset", preset, "--compile", "--steps", "40"]
+        for _ in range(2):
+            monkeypatch.setattr(sys, "argv", [f"{name}_chipmunk.py", *flags])
+            with pytest.raises(SystemExit):
+                program.main()
+            flags = shlex.split(cli.describe(*parsed[-1])["command"])[2:]
+        assert parsed[-1][1] == parsed[-2][1]
+
+
+@each_model
 def test_python_and_the_command_line_make_the_same(call, tmp_path, name):
     program, short, video = PROGRAMS[name], SHORT[name], name != "flux"
     more = {"negative_prompt": "dark"} if name == "wan" else {}
@@ -1851,7 +1870,7 @@ def test_compiled_blocks_draw_the_same(call, monkeypatch, tmp_path, name):
         assert status == 0 and len(notes) == len(more)
         pictures.append(np.asarray(Image.open(tmp_path / "a.png")))
     assert np.array_equal(*pictures)
-    assert "--compile" not in Image.open(tmp_path / "a.png").text["command"]
+    assert "--compile" in Image.open(tmp_path / "a.png").text["command"]
     config = getattr(program.CONFIGS["tiny"], name)
     kinds = {"flux": ("double_blocks", "single_blocks"), "wan": ("layers",),
              "hunyuan": ("dual_blocks", "single_blocks", "refiner_blocks")}[name]
@@ -1973,6 +1992,7 @@ def test_bad_flags_end_in_one_line(call, monkeypatch, tmp_path, name, settings, 
     ({"model": "2b"}, "no model '2b'"), ({"dtype": "int8"}, "no dtype 'int8'"), ({"device": "toaster"}, "no device"),
     ({"steps": 0}, "steps 0 is not a whole number from 1 to 1000"), ({"width": "128"}, "width '128' is not a whole"),
     ({"frames": 0}, "from 1 to 1001"), ({"frames": 16}, "4 n + 1, like 13 or 17"), ({"seed": 1.5}, "seed 1.5"),
+    ({"seed": None}, "seed None is not a whole number"),
     ({"guidance": math.nan}, "guidance nan is not a number"), ({"prompt": " "}, "no prompt"),
     ({"prompt": 5}, "not text"), ({"weights": "nowhere"}, "no folder nowhere"), ({"weights": ""}, "--weights is empty"),
     ({"sparsity": "pooled"}, "not a plan.Sparsity"), ({"sparsity": Sparsity(skip=(50,))}, "no step 50"),
@@ -2894,7 +2914,7 @@ def test_too_little_memory_names_what_fits(call, monkeypatch):
     flags = {"width": 512, "height": 512, "steps": 4, **SPARSE}
     monkeypatch.setattr(checkpoints, "free_memory", lambda device: 6e7)
     error = error_of(call("flux", **flags))
-    assert "cpu has 0.06 GB free, but this needs 0.0" in error and "--dense (no caches) or --width 352" in error
+    assert "cpu has 0.06 GB free, but this needs 0.0" in error and "--preset balanced or --width 352" in error
     width = int(re.search(r"--width (\d+)", error)[1])
     status, said, _ = call("flux", "--show-plan", **flags | {"width": width, "height": width})
     assert status == 0 and said.splitlines()[-1].startswith("at most")
@@ -3046,7 +3066,7 @@ def test_no_more_than_everything_is_recomputed(call, tmp_path):
     ({"dense": None, "preset": "fast"}, "note: --preset: no effect with --dense"), ({"steps": 20}, ""),
     ({"preset": "columns", "measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""),
     ({"steps": 5}, "note: in 5 steps, preset balanced is not faster than dense"),
-    ({"preset": "columns", "measure_steps": 1}, "note: with these flags a run is not faster than --dense")])
+    ({"preset": "columns", "measure_steps": 1}, "note: by the published model's step times")])
 def test_flags_without_effect_are_said(call, tmp_path, flags, says):
     given = {key: value for key, value in flags.items() if value is not None}
     status, _, notes = call("flux", *[f"--{key}" for key in flags.keys() - given.keys()], out=tmp_path / "a.png",

@@ -109,7 +109,7 @@ FULL = tuple(range(4, 50, 8))
 WAN_PRESETS = {"columns": WAN_COLUMNS,
                "quality": replace(WAN_COLUMNS, delta="none", skip=between((), 2, 8)),
                "balanced": replace(WAN_COLUMNS, delta="none", skip=between((), 3, 8)),
-               "fast": replace(WAN_COLUMNS, measure=FULL, skip=between(FULL, 4, 4))}
+               "fast": replace(WAN_COLUMNS, measure=FULL, choose=3, skip=between(FULL, 4, 4))}
 WAN_COSTS = {"dense": 1.0, "measure": 1.66, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
 
 WAN_VAE = VAEConfig(

@@ -55,9 +55,10 @@ BATCH = 20                     # pictures or videos drawn at a time
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
 # The original's rule and plan of 50 steps, without its window of voxels and its order of tokens, and with our choice of
 # MLP columns. For HunyuanVideo and Wan2.1 it skips steps, which repeat the last one; for FLUX.1 it does not.
-ORIGINAL = {"flux": {"delta": "paper", "measure": 10, "choose": 1, "skip": (), "extrapolate": False},
-            "wan": {"delta": "paper", "measure": 10, "choose": 1, "skip": VIDEO_SKIPS, "extrapolate": False},
-            "hunyuan": {"delta": "paper", "measure": (1, 10, 40), "choose": 1, "skip": VIDEO_SKIPS,
+ORIGINAL = {"flux": {"delta": "paper", "measure": 10, "choose": 1, "skip": (), "drift": False},
+            "wan": {"delta": "paper", "measure": 10, "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
+                    "extrapolate": False},
+            "hunyuan": {"delta": "paper", "measure": (1, 10, 40), "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
                         "extrapolate": False}}
 
 
@@ -296,7 +297,7 @@ def plans_to_compare(model, config):
     plans["the paper's rule"] = [("its plan", 50, replace(columns, **original)),
                                  ("its plan, none skipped", 50, replace(columns, **original | {"skip": ()}))]
     alone = [(f"full: 1 and every {n}", 50, replace(columns, measure=n, skip=())) for n in (4, 6, 9)]
-    plans["ours, columns alone, without drift"] = [(*plan, replace(s, extrapolate=False)) for *plan, s in alone]
+    plans["ours, columns alone, without drift"] = [(*plan, replace(s, drift=False)) for *plan, s in alone]
     plans["ours, columns alone"] = alone
     plans["ours, stacked"] = [
         (f"full: 1 and every {n}; of the others one of {every}", 50,

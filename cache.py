@@ -129,9 +129,9 @@ def chipmunk_attention(q, k, v, layer_state, step):
         o, s.lse = attention(q, k, v)
     if step.mode == "dense":
         return o
-    if step.age and (sparsity.extrapolate or step.mode == "refresh"):            # there are columns of a step before
+    if step.age and (sparsity.drift or step.mode == "refresh"):      # there are columns of a step before
         rest = with_columns(o, -1)                                   # (B, H, N, D), of the same columns as o_rest
-        if sparsity.extrapolate:
+        if sparsity.drift:
             most = torch.finfo(torch.float8_e5m2).max                # beyond, 8 bits hold infinity
             s.drift = ((rest - s.o_rest) / step.age).clamp(-most, most).to(torch.float8_e5m2)
     if step.mode == "measure":

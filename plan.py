@@ -24,8 +24,8 @@ class Sparsity:
     choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
     skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
     delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
-    extrapolate: bool = True         # what is reused (rests, and before the final layer the hidden state) goes on as
-                                     # the last two times it was computed; False: it stays as it was the last time
+    drift: bool = True               # rests go on as between the last two full steps; False: they stay
+    extrapolate: bool = True         # a skipped step goes on as the last two computed ones; False: repeats the last
     dense_layers: int = 2            # the first layers are always dense
 
     def __post_init__(self):
@@ -45,7 +45,7 @@ class Sparsity:
                 ("choose", lambda x: whole(x, 1), "a whole number from 1"),
                 ("skip", lambda x: listed(x, 1), "a tuple of steps from 1: step 0 has nothing to reuse"),
                 ("delta", lambda x: x in DELTAS, f"one of {', '.join(DELTAS)}"),
-                ("extrapolate", lambda x: type(x) is bool, "True or False"),
+                *((name, lambda x: type(x) is bool, "True or False") for name in ("drift", "extrapolate")),
                 ("dense_layers", lambda x: whole(x, 0), "a whole number from 0")):
             if not fits(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not {allowed}")

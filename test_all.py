@@ -676,7 +676,7 @@ def test_values_that_no_plan_can_have_are_named():
     never = {**dict.fromkeys(("attn_keep", "attn_random", "mlp_keep"), (-0.1, 1.1, True, math.nan, "all", None)),
              "measure": (0, -1, True, 2.5, (-1, 3), (1.5,), [1, 2]), "choose": (0, 1.5, (1,)),
              "dense_layers": (-1, 0.5), "skip": ((0, 3), (-1,), ("x",), "x", 3), "delta": ("mass", None),
-             "extrapolate": ("no", 1)}
+             "drift": ("no", 1), "extrapolate": (None, 0)}
     for name, value in [(name, value) for name, values in never.items() for value in values]:
         with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not ")):
             replace(Sparsity(), **{name: value})
@@ -841,10 +841,10 @@ def test_pooled_keeps_what_means_miss_and_follows_the_rest():
 
 
 @pytest.mark.parametrize("choose", [1, 2])
-@pytest.mark.parametrize("extrapolate", [True, False])
-def test_the_rest_goes_on_as_between_two_full_steps(extrapolate, choose):
+@pytest.mark.parametrize("drift", [True, False])
+def test_the_rest_goes_on_as_between_two_full_steps(drift, choose):
     """v moves by the same at every step, and with it all sums over it. Only the drift's 8 bits are in the way."""
-    sparsity = Sparsity(attn_keep=0.0, delta="pooled", measure=(1, 4), choose=choose, extrapolate=extrapolate,
+    sparsity = Sparsity(attn_keep=0.0, delta="pooled", measure=(1, 4), choose=choose, drift=drift,
                         dense_layers=0)
     static = torch.arange(256) % 7 == 0                                     # so that both lists are the same
     layer, errors = make_state(1, sparsity, 256, static, 0, CPU).layers[0], []
@@ -854,13 +854,13 @@ def test_the_rest_goes_on_as_between_two_full_steps(extrapolate, choose):
         errors.append(F.scaled_dot_product_attention(q, k, v + step.index * moves) - o)
     slope = errors[3] / 2                                                   # two steps after the first measure step
     assert_near(errors[2], slope)
-    if extrapolate:
+    if drift:
         assert layer.drift.dtype == torch.float8_e5m2
         assert ((layer.drift.double() - slope).abs() <= slope.abs() / 8 + 1e-5).all()
         slope = slope - layer.drift.double()                                # what is left of it
     for age in 1, 2, 3:
         assert_near(errors[4 + age], age * slope)
-    passes = 5 + 2 + (extrapolate and choose == 1)                          # over the columns
+    passes = 5 + 2 + (drift and choose == 1)                          # over the columns
     assert layer.attn_work == pytest.approx(3 + passes * (static.sum() + 4) / 256)
 
 
@@ -3540,7 +3540,7 @@ def test_method_page_shows_what_figures_prints_and_its_slow_lines_are_the_defini
     named += [(cell, program.strip(" `")) for row in rows for cell, program in zip(row, programs)]
     assert len(rows) == 12
     explained = re.search(r"^## Glossary\n(.*?)^## ", page, re.DOTALL | re.MULTILINE)[1]
-    for word in (*MODES, *DELTAS, "full step", "extrapolate"):
+    for word in (*MODES, *DELTAS, "full step", "drift", "extrapolate"):
         assert re.search(rf"^\|.*\b{word}\b", explained, re.MULTILINE), word
     for names, file in named:
         for name in re.findall(r"`(?:\w+\.)?(\w+)`", names.replace(f"`{file}`", "")):

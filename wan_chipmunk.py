@@ -103,13 +103,13 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
 # is used for. Skipping steps alone is closer to dense than columns at the speed of "quality" and "balanced" (README's
-# scores); "fast" has both.
+# scores); "fast" has both, and no drift, which gains nothing there (32.5 dB with, 32.6 without).
 WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", measure=5, choose=2)
 FULL = tuple(range(4, 50, 8))
 WAN_PRESETS = {"columns": WAN_COLUMNS,
                "quality": replace(WAN_COLUMNS, delta="none", skip=between((), 2, 8)),
                "balanced": replace(WAN_COLUMNS, delta="none", skip=between((), 3, 8)),
-               "fast": replace(WAN_COLUMNS, measure=FULL, choose=3, skip=between(FULL, 4, 4))}
+               "fast": replace(WAN_COLUMNS, measure=FULL, choose=3, skip=between(FULL, 4, 4), drift=False)}
 WAN_COSTS = {"dense": 1.0, "measure": 1.66, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
 
 WAN_VAE = VAEConfig(
@@ -144,7 +144,7 @@ CONFIGS = {
         wan=WanConfig(channels=16, text_dim=4096, dim=5120, heads=40, ff=13824, layers=40), vae=WAN_VAE, umt5=UMT5_XXL,
         text_length=512, negative_prompt=NEGATIVE_PROMPT, width=1280, height=720, frames=81, fps=16, steps=50,
         guidance=5.0, shift=5.0, window=3, costs=WAN_COSTS,
-        presets=WAN_PRESETS | {"columns": replace(WAN_COLUMNS, extrapolate=False)}),      # 30 GB less on the host,
+        presets=WAN_PRESETS | {"columns": replace(WAN_COLUMNS, drift=False)}),           # 30 GB less on the host
 }
 
 # ---------------------------------------------------------------------------------------------------------

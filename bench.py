@@ -620,9 +620,12 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
         print_row(kind, *(f"{seconds[kind]:.3f} s" for seconds in ways.values()))
     dense = [config.steps * seconds["dense model"] for seconds in ways.values()]
     print_row(f"**all {config.steps}, dense**", *(f"{total:.1f} s" for total in dense))
-    for preset, sparsity in config.presets.items():
+    plans = {f"preset {preset}": sparsity for preset, sparsity in config.presets.items()}
+    plans |= {f"{label}, but no step sparse": replace(sparsity, delta="none")
+              for label, sparsity in plans.items() if sparsity.delta != "none" and sparsity.skip}
+    for label, sparsity in plans.items():
         totals = [run_seconds(config.steps, sparsity, seconds) for seconds in ways.values()]
-        print_row(f"**all {config.steps}, preset {preset}**",
+        print_row(f"**all {config.steps}, {label}**",
                   *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense, totals)))
     dense_peak, peak = map(memory.gigabytes, peaks[:2])
     cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: dense {dense_peak}, "

@@ -109,12 +109,12 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
 # is used for. Skipping steps alone is closer to dense than columns at the speed of "quality" and "balanced" (README's
 # scores); "fast" has both.
-HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, mlp_keep=0.0, delta="pooled", measure=5, choose=2)
+HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, mlp_keep=0.0, delta="pooled", measure=5, choose=3)
 FULL = tuple(range(4, 50, 8))
 HUNYUAN_PRESETS = {"columns": HUNYUAN_COLUMNS,
                    "quality": replace(HUNYUAN_COLUMNS, delta="none", skip=between((), 2, 8)),
                    "balanced": replace(HUNYUAN_COLUMNS, delta="none", skip=between((), 3, 8)),
-                   "fast": replace(HUNYUAN_COLUMNS, measure=FULL, choose=3, skip=between(FULL, 4, 4))}
+                   "fast": replace(HUNYUAN_COLUMNS, measure=FULL, skip=between(FULL, 4, 4))}
 HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.44, "refresh": 1.08, "sparse": 0.57, "skip": 0.001}
 
 CONFIGS = {

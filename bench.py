@@ -365,6 +365,12 @@ def run_seconds(steps, sparsity, times):
                for step in make_plan(steps, sparsity))
 
 
+def eager_and_compiled(words):
+    """The first of these words, and a second one, if there is, in brackets."""
+    eager, *compiled = words
+    return eager + "".join(f" ({word})" for word in compiled)
+
+
 def presets(args):
     """What the presets gain on the real models, by the times that `speed` noted."""
     known = json.loads(STEP_TIMES.read_text())
@@ -374,10 +380,10 @@ def presets(args):
         program, size, _ = REAL[stem]
         config, ways = program.CONFIGS[size], [times[way] for way in ("eager", "compiled") if way in times]
         dense = [run_seconds(config.steps, None, way) for way in ways]
-        cells = [" (".join(f"{total:.1f} s" for total in dense) + ")" * (len(ways) - 1)]
+        cells = [eager_and_compiled(f"{total:.1f} s" for total in dense)]
         for sparsity in config.presets.values():
             ratios = [total / run_seconds(config.steps, sparsity, way) for total, way in zip(dense, ways)]
-            cells.append(" (".join(f"{ratio:.2f}x" for ratio in ratios) + ")" * (len(ways) - 1))
+            cells.append(eager_and_compiled(f"{ratio:.2f}x" for ratio in ratios))
         print_row(f"{stem} {times['model']}", *cells)
     cli.say(f"\n({', '.join({times['device'] for times in known.values()})}, bfloat16, random weights)")
 

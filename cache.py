@@ -162,7 +162,7 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
         sample = act[:, ::SAMPLED]                                               # (B, N / 8, F)
         if step.mode == "measure":
             moved = movement(sample, s.sample) * w2.norm(dim=0)                  # (B, G, F)
-            columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, 0)
+            columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, seed=0)
             s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]            # (B, G, K), (B, G, P)
         if step.mode != "dense":
             s.act, s.out = act.mT.contiguous(), out

@@ -135,8 +135,7 @@ def run(main):
             sys.exit(f"error: {memory_advice(error)}")
         if NO_KERNEL.search(str(error)):
             said = str(error).splitlines()[0]
-            sys.exit(f"error: no kernel can do this on this GPU ({said}); leave --compile out, or try --dtype "
-                     "float32, or --device cpu")
+            sys.exit(f"error: no kernel can do this on this GPU ({said}); try --dtype float32, or --device cpu")
         if "Failed to find C compiler" in str(error):
             sys.exit("error: Triton's kernels need a C compiler; install one (gcc or clang), or try --device cpu")
         if isinstance(error, ShortenTraceback):                      # no C++ compiler, no Triton, a GPU too old for it
@@ -182,8 +181,9 @@ def fill(settings, configs):
     given = {field.name: getattr(settings, field.name) for field in fields(settings)}
     for name, (kind, low, high) in RANGES.items():
         value = given[name]
-        optional = name != "seed"                                    # None: the model's own
-        if not (value is None and optional or isinstance(value, int | kind) and low <= value <= high):
+        if value is None and name != "seed":                         # the model's own
+            continue
+        if not (isinstance(value, int | kind) and low <= value <= high):
             raise Fail(f"{name} {value!r} is not {range_words(kind, low, high)}")
     own = {name: getattr(config, name, None) for name, value in given.items() if value is None and name != "weights"}
     settings = replace(settings, **own)

@@ -185,11 +185,11 @@ def prepare(args):
     program, draw_with = DRAW[args.model]
     config, device = program.CONFIGS["tiny"], cli.pick_device(args.device)
     rng = random.Random(2506)
-    if args.model == "flux":
-        scenes = [make_scene(rng, train=False, plain=True) for _ in range(args.captions)]
-    else:                                                            # these have learned no more than flat shapes yet
-        scenes = (make_moving_scene(rng, train=False, plain=True) for _ in count())
-        scenes = list(islice(filter(is_flat, scenes), args.captions))
+    make = make_scene if args.model == "flux" else make_moving_scene
+    scenes = (make(rng, train=False, plain=True) for _ in count())
+    if args.model == "hunyuan":                                      # it has learned no more than flat shapes yet
+        scenes = filter(is_flat, scenes)
+    scenes = list(islice(scenes, args.captions))
     templates = turned_shapes(device)
     return config, device, scenes, templates, *draw_with([scene.caption for scene in scenes], config, device)
 

@@ -128,10 +128,10 @@ NEGATIVE_PROMPT = (
 CONFIGS = {
     "tiny": Config(
         weights=Path(__file__).parent / "weights/wan-tiny",
-        wan=WanConfig(channels=16, text_dim=96, dim=192, heads=3, ff=768, layers=8),
-        vae=VAEConfig(channels=24, multipliers=(1, 2, 2, 2), blocks=1, mean=(0.0,) * 16, std=(1.0,) * 16),
-        umt5=T5Config(vocab=512, dim=96, heads=3, head_dim=32, ff=192, layers=2, per_layer_bias=True),
-        text_length=64, negative_prompt="", width=256, height=256, frames=17, fps=8, steps=50, guidance=5.0, shift=3.0,
+        wan=WanConfig(channels=16, text_dim=96, dim=256, heads=4, ff=704, layers=6),
+        vae=VAEConfig(channels=16, multipliers=(1, 2, 3, 3), blocks=1, mean=(0.0,) * 16, std=(1.0,) * 16),
+        umt5=T5Config(vocab=256, dim=96, heads=3, head_dim=32, ff=192, layers=2, per_layer_bias=True),
+        text_length=64, negative_prompt="", width=256, height=256, frames=17, fps=8, steps=50, guidance=5.0, shift=8.0,
         window=1,                                                    # 3x3x3 voxels would be most of so small a video
         presets=WAN_PRESETS, costs=WAN_COSTS),
     "1.3b": Config(

@@ -2229,6 +2229,15 @@ def test_videos_are_drawn_as_pictures_are():
     assert torch.allclose(videos[:, :, -1], scenes.draw(ends, 48, window=window), atol=1e-3)
 
 
+@each_model
+def test_scores_ask_for_what_was_held_out_of_training(name):
+    _, _, drawn, _, batches, _ = bench.prepare(SimpleNamespace(model=name, captions=12, device="cpu"))
+    assert len(drawn) == 12 and sorted(torch.cat(list(batches)).tolist()) == list(range(12))
+    for scene in drawn:
+        assert scenes.held_out(*scenes.combinations(scene.things, scene.relation or scene.motion)[0])
+    assert all(map(scenes.is_flat, drawn)) == (name == "hunyuan")           # which knows no others
+
+
 def tiny_run(name, config, **changes):
     """The config, for 8 steps of 32 x 32 pixels."""
     size = {"size": 32} if name == "flux" else {"width": 32, "height": 32, "frames": 5}

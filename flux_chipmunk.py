@@ -44,7 +44,7 @@ from cache import chipmunk_attention, chipmunk_mlp, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, scatter_heads
-from plan import Sparsity, between, make_plan, until_sparse
+from plan import Sparsity, all_but, make_plan, until_sparse
 from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
                            load_t5_tokenizer, tokenize)
@@ -104,9 +104,9 @@ class Config:
 # them is both faster and closer to dense (README): so presets do that alone, but for "columns", which does not skip.
 FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", measure=5)
 FLUX_PRESETS = {"columns": FLUX_COLUMNS,
-                "quality": replace(FLUX_COLUMNS, delta="none", skip=between((), 2, 13)),
-                "balanced": replace(FLUX_COLUMNS, delta="none", skip=between((), 3)),
-                "fast": replace(FLUX_COLUMNS, delta="none", skip=between((), 5))}
+                "quality": replace(FLUX_COLUMNS, delta="none", skip=all_but(30)),
+                "balanced": replace(FLUX_COLUMNS, delta="none", skip=all_but(20)),
+                "fast": replace(FLUX_COLUMNS, delta="none", skip=all_but(12))}
 FLUX_COSTS = {"dense": 0.99, "measure": 1.46, "refresh": 1.17, "sparse": 0.81, "skip": 0.006}
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),

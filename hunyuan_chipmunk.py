@@ -43,7 +43,7 @@ from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
-from plan import Sparsity, between, make_plan, until_sparse
+from plan import Sparsity, make_plan, until_sparse
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -110,11 +110,12 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 # is used for. Skipping steps alone is closer to dense than columns at the speed of "quality" and "balanced" (README's
 # scores); "fast" has both.
 HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, mlp_keep=0.0, delta="pooled", measure=5, choose=3)
-FULL = tuple(range(4, 50, 8))
 HUNYUAN_PRESETS = {"columns": HUNYUAN_COLUMNS,
-                   "quality": replace(HUNYUAN_COLUMNS, delta="none", skip=between((), 2, 8)),
-                   "balanced": replace(HUNYUAN_COLUMNS, delta="none", skip=between((), 3, 8)),
-                   "fast": replace(HUNYUAN_COLUMNS, measure=FULL, skip=between(FULL, 4, 4))}
+                   "quality": replace(HUNYUAN_COLUMNS, delta="none", skip=tuple(range(8, 50, 2))),
+                   "balanced": replace(HUNYUAN_COLUMNS, delta="none",
+                                       skip=tuple(i for i in range(8, 50) if i % 3 != 1)),
+                   "fast": replace(HUNYUAN_COLUMNS, measure=tuple(range(4, 50, 8)),
+                                   skip=tuple(i for i in range(5, 50) if i % 4))}
 HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.44, "refresh": 1.08, "sparse": 0.57, "skip": 0.001}
 
 CONFIGS = {

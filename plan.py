@@ -79,15 +79,13 @@ def fit_steps(sparsity, steps, made_for):
     return replace(sparsity, measure=measure, skip=skip)
 
 
-def between(full, every, first=1, steps=50):
-    """The steps to skip so that from `first` on, between the steps in `full`, only every `every`-th is computed.
-    -> tuple"""
-    skipped, age = [], 0                                             # age: steps since the last full one
-    for i in range(steps):
-        age = 0 if i in full or i < first else age + 1
-        if age % every:
-            skipped.append(i)
-    return tuple(skipped)
+def all_but(computed, steps=50):
+    """The steps to skip so that `computed` of them are left: the first, the last, and between them ever fewer, the i-th
+    at about (i / computed)^1.4 of the way. What stands where is decided early. -> tuple"""
+    left = [0]
+    for i in range(1, computed):
+        left.append(max(left[-1] + 1, round((steps - 1) * (i / (computed - 1))**1.4)))
+    return tuple(sorted({*range(steps)} - {*left}))
 
 
 def relative_time(plan, costs):

@@ -789,7 +789,7 @@ def main():
                         help="of all but presets and kernels (default: flux)")
     parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200,
                         help="of score, caching and frontier (default: 200)")
-    parser.add_argument("--steps", type=cli.number(*cli.RANGES["steps"]), help="of caching (default: the model's 50)")
+    parser.add_argument("--steps", type=cli.number(int, 2, 1_000), help="of caching (default: the model's 50)")
     parser.add_argument("--frames", type=cli.number(*cli.RANGES["frames"]),
                         help="of speed and whole for videos (default: the model's; speed: 33 of hunyuan's 129)")
     parser.add_argument("--size", help="of speed and whole: which real model, like 14b (default: dev, 1.3b, 720p)")

@@ -2292,9 +2292,9 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
     with pytest.raises(cli.Fail, match="another recipe"):
         train(work, [replace(stages[0], steps=4)])
 
-    def table(kind):
+    def table(kind, *flags):
         """-> the lines of bench.py's table"""
-        argv = ["bench.py", kind, "--model", name, "--captions", "2", "--device", "cpu"]
+        argv = ["bench.py", kind, "--model", name, "--captions", "2", "--device", "cpu", *flags]
         monkeypatch.setattr(sys, "argv", argv)
         capsys.readouterr()
         bench.main()
@@ -2315,6 +2315,9 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
     assert Image.open(tmp_path / f"frontier-{name}.png").width > 500
     title, _, *rows, _, _ = table("caching")
     assert "8 dense steps, some repeated" in title and len(rows) == 6 and " dB | " in rows[0]
+    title, _, *rows, _, _ = table("caching", "--steps", "4")
+    assert "4 dense steps, some repeated" in title and any(row.startswith("| 2.0x | the first ") for row in rows)
+    assert bench.skipping_plans(4, 2.0)[1, 2] == (1, 3) and bench.skipping_plans(50, 2.75)[2, 3][:4] == (2, 3, 5, 6)
 
 
 @each_model

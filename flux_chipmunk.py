@@ -44,7 +44,7 @@ from cache import chipmunk_attention, chipmunk_mlp, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, scatter_heads
-from plan import Sparsity, all_but, make_plan, until_sparse
+from plan import Sparsity, make_plan, make_presets, until_sparse
 from sparse_kernels import GROUP
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
                            load_t5_tokenizer, tokenize)
@@ -100,13 +100,9 @@ class Config:
     height = width
 
 
-# As many columns as in the original's preset for FLUX.1-dev. Attention is a small part of FLUX.1's steps, and skipping
-# them is both faster and closer to dense (README): so presets do that alone, but for "columns", which does not skip.
+# As many columns as in the original's preset for FLUX.1-dev.
 FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", measure=5)
-FLUX_PRESETS = {"columns": FLUX_COLUMNS,
-                "quality": replace(FLUX_COLUMNS, delta="none", skip=all_but(30)),
-                "balanced": replace(FLUX_COLUMNS, delta="none", skip=all_but(20)),
-                "fast": replace(FLUX_COLUMNS, delta="none", skip=all_but(12))}
+FLUX_PRESETS = make_presets(FLUX_COLUMNS)
 FLUX_COSTS = {"dense": 0.99, "measure": 1.46, "refresh": 1.17, "sparse": 0.81, "skip": 0.006}
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),

@@ -88,6 +88,14 @@ def all_but(computed, steps=50):
     return tuple(sorted({*range(steps)} - {*left}))
 
 
+def make_presets(columns, extrapolate=True):
+    """The presets of a model for which skipping steps is closer to dense than columns are at the same speed (README's
+    frontier): `columns`, which skips none, and three that skip steps alone. -> {name: Sparsity}, for 50 steps"""
+    caching = replace(columns, delta="none", extrapolate=extrapolate)
+    return {"columns": columns, "quality": replace(caching, skip=all_but(30)),
+            "balanced": replace(caching, skip=all_but(20)), "fast": replace(caching, skip=all_but(12))}
+
+
 def relative_time(plan, costs):
     """How long a plan takes, as a share of the dense model's time for as many steps. costs: {a step's mode: its time as
     a share of a step of the dense model}; where no step is sparse, a dense one is the dense model's."""

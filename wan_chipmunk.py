@@ -44,7 +44,7 @@ from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
-from plan import Sparsity, all_but, make_plan, until_sparse
+from plan import Sparsity, make_plan, make_presets, until_sparse
 from sparse_kernels import GROUP
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
@@ -102,13 +102,10 @@ FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
-# is used for. Skipping steps alone is closer to dense at the same speed, so the other presets do that alone. What they
-# skip repeats: to go on as the last two computed steps tell is closer to dense, too, but spoils things (results.md).
+# is used for. Skipped steps repeat: to go on as the last two computed ones tell is closer to dense, but spoils things
+# (results.md).
 WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", measure=5, choose=2)
-WAN_PRESETS = {"columns": WAN_COLUMNS,
-               "quality": replace(WAN_COLUMNS, delta="none", skip=all_but(30), extrapolate=False),
-               "balanced": replace(WAN_COLUMNS, delta="none", skip=all_but(20), extrapolate=False),
-               "fast": replace(WAN_COLUMNS, delta="none", skip=all_but(12), extrapolate=False)}
+WAN_PRESETS = make_presets(WAN_COLUMNS, extrapolate=False)
 WAN_COSTS = {"dense": 1.0, "measure": 1.66, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
 
 WAN_VAE = VAEConfig(

@@ -46,7 +46,7 @@ import wan_chipmunk
 from cache import make_state
 from compiled import compile_blocks, compile_seconds
 from offload import move_caches, move_weights
-from plan import MODES, Sparsity, all_but, fit_steps, make_plan
+from plan import MODES, Sparsity, all_but, make_plan
 from scenes import check, check_videos, is_flat, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, attention, attention_triton, attention_with_column_mass, choose_columns,
                             column_sparse_attention, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
@@ -55,10 +55,10 @@ BATCH = 20                     # pictures or videos drawn at a time
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
 # The original's rule and plan of 50 steps, without its window of voxels and its order of tokens, and with our choice of
 # MLP columns. For HunyuanVideo and Wan2.1 it skips steps, which repeat the last one; for FLUX.1 it does not.
-ORIGINAL = {"flux": {"delta": "paper", "measure": 10, "choose": 1, "skip": (), "drift": False},
-            "wan": {"delta": "paper", "measure": 10, "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
+ORIGINAL = {"flux": {"delta": "paper", "full": 10, "choose": 1, "skip": (), "drift": False},
+            "wan": {"delta": "paper", "full": 10, "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
                     "extrapolate": False},
-            "hunyuan": {"delta": "paper", "measure": (1, 10, 40), "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
+            "hunyuan": {"delta": "paper", "full": (1, 10, 40), "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
                         "extrapolate": False}}
 
 
@@ -216,7 +216,7 @@ def score(args):
     config, device, scenes, templates, batches, generate = prepare(args)
     steps = config.steps
     variants = {"dense": None}
-    variants |= {f"preset {name}": fit_steps(preset, steps, steps) for name, preset in config.presets.items()}
+    variants |= {f"preset {name}": preset for name, preset in config.presets.items()}
     variants["the paper's rule and plan"] = replace(config.presets["columns"], **ORIGINAL[args.model])
 
     totals = {name: [0] * 5 for name in variants}
@@ -266,7 +266,7 @@ def caching(args):
     for batch in tqdm(batches, "batches of captions"):
         dense = generate(batch, None, steps)                         # (B, 3, H, W) or (B, 3, T, H, W)
         for plan, skipped in plans.items():
-            drawn = generate(batch, Sparsity(delta="none", measure=(), skip=skipped, extrapolate=False), steps)
+            drawn = generate(batch, Sparsity(delta="none", full=(), skip=skipped, extrapolate=False), steps)
             for pair in zip(dense, drawn):
                 psnrs[plan].append(media.psnr(*pair))
     print_header(f"{args.model} tiny, {args.captions} captions, {steps} dense steps, some repeated", "best plan",
@@ -290,13 +290,13 @@ def plans_to_compare(model, config):
     """Plans for 50 steps, as the presets are. -> {family: [(label, number of steps, Sparsity or None for dense)]}"""
     columns, original = config.presets["columns"], ORIGINAL[model]
     plans = {"fewer steps": [(f"{n} steps", n, None) for n in (33, 25, 20, 17, 12)]}
-    caching = [(f"{n} computed", 50, Sparsity(delta="none", measure=(), skip=all_but(n)))
+    caching = [(f"{n} computed", 50, Sparsity(delta="none", full=(), skip=all_but(n)))
                for n in (35, 30, 25, 22, 20, 18, 15, 12, 10)]
     plans["step caching, repeated"] = [(*plan, replace(s, extrapolate=False)) for *plan, s in caching]
     plans["step caching, extrapolated"] = caching
     plans["the paper's rule"] = [("its plan", 50, replace(columns, **original)),
                                  ("its plan, none skipped", 50, replace(columns, **original | {"skip": ()}))]
-    alone = [(f"full: 1 and every {n}", 50, replace(columns, measure=n, skip=())) for n in (4, 6, 9)]
+    alone = [(f"full: 1 and every {n}", 50, replace(columns, full=n, skip=())) for n in (4, 6, 9)]
     plans["ours, columns alone, without drift"] = [(*plan, replace(s, drift=False)) for *plan, s in alone]
     plans["ours, columns alone"] = alone
     plans["ours, stacked"] = []
@@ -304,7 +304,7 @@ def plans_to_compare(model, config):
         skipped = all_but(n)
         full = tuple(i for i in range(50) if i not in skipped)[2::every]
         plans["ours, stacked"].append((f"{n} computed, one of {every} in full", 50,
-                                       replace(columns, measure=full, choose=3, skip=skipped)))
+                                       replace(columns, full=full, choose=3, skip=skipped)))
     plans["presets"] = [(name, 50, sparsity) for name, sparsity in config.presets.items()]
     return plans
 
@@ -570,6 +570,7 @@ def whole_table(stem, name, config, preset, device, placement=None):
     latents = sample(sparsity, watch, None)
     denoising = peak_memory(device)
     del model, sample
+    peak_memory(device)                                              # the decoder works alone
 
     make = program.parts(config)["autoencoder" if stem == "flux" else "vae"]
     decoder, start = with_random_weights(make, None, device, None, float32=("",)), now()         # all of it float32
@@ -603,7 +604,7 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
     """Time the steps of a model with random weights, eager and compiled; print what the presets' 50 take. -> the model
     and its size in words, {way to run: {kind of step: seconds}}"""
     model, sample = REAL[stem][2](config, device, placement)
-    sparsity = replace(config.presets["columns"], measure=(1, 3, 5), choose=2, skip=(7,))      # soon every kind of step
+    sparsity = replace(config.presets["columns"], full=(1, 3, 5), choose=2, skip=(7,))      # soon every kind of step
     kinds = [step.mode for step in make_plan(config.steps, sparsity)][:8]
     ways, peaks = {}, []                                             # {way to run: {kind of step: seconds}}, bytes
 

@@ -36,8 +36,9 @@ SAMPLED = 8                    # of every so many rows of the MLP, one tells whi
 
 @dataclass
 class LayerState:
-    """What one layer remembers. Shapes: N rows and Nk columns of attention, N rows of the MLP, G groups of 128 rows,
-    K capacity of a column list, P pages of 65,536 columns, M blocks of 64 columns, F hidden width."""
+    """What one layer remembers. Shapes: B batch, H heads, D head dimension, C channels, F hidden width, N rows and Nk
+    columns of attention, N rows of the MLP, G groups of 128 rows, K capacity of a column list, P pages of 65,536
+    columns, M blocks of 64 columns."""
     sparsity: Sparsity
     pooled_columns: int              # how many columns, from the first, the blocks of delta="pooled" cover
     static: torch.Tensor | None      # (Nk,) or (G, Nk) bool: attention columns always kept
@@ -171,7 +172,7 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
 
 
 def movement(now, before):
-    """How far hidden columns moved in each group's sampled rows: root of the sum of squares. (B, M, F) each
+    """How far hidden columns moved in each group's sampled rows: root of the sum of squares. (B, N / 8, F) each
     -> (B, G, F)"""
     change = (now - before).float().square()
     per_group = GROUP // SAMPLED

@@ -232,10 +232,10 @@ def check_sparsity(sparsity, steps):
     """Raises Fail for what no run of `steps` can do."""
     if not isinstance(sparsity, Sparsity):
         raise Fail(f"sparsity {sparsity!r} is not a plan.Sparsity; a preset goes by preset='columns'")
-    measure = () if isinstance(sparsity.measure, int) else sparsity.measure
-    for i in (*measure, *sparsity.skip):
+    full = () if isinstance(sparsity.full, int) else sparsity.full
+    for i in (*full, *sparsity.skip):
         if i >= steps:
-            raise Fail(f"no step {i} to measure at or to skip: this run has the steps 0 to {steps - 1}")
+            raise Fail(f"no step {i} to compute in full or to skip: this run has the steps 0 to {steps - 1}")
 
 
 def range_words(kind, low, high):
@@ -326,7 +326,7 @@ def step_list(text):
     return steps
 
 
-def measure_steps(text):
+def full_steps(text):
     """"10": every tenth step. "1,2,4,7": those. "10,": step 10 alone."""
     steps = step_list(text)
     if steps == (0,) and "," not in text:
@@ -379,7 +379,7 @@ def make_parser(doc, configs, video=False):
         help="how the remembered part of attention is added (cache.py); none: no sparse steps")
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
         help="attention columns recomputed at a sparse step, 0 to 1")
-    add("--measure-steps", type=measure_steps, metavar="N|LIST",
+    add("--full-steps", type=full_steps, metavar="N|LIST",
         help="compute in full every N steps, or at the listed steps (1,2,4,7; a single one: 5,)")
     add("--skip-steps", type=skip_steps, metavar="LIST",
         help="step caching: these steps rerun only the final layer; a list, or none")
@@ -415,7 +415,7 @@ def chosen_sparsity(args, config, steps):
     if args.dense:
         return None
     chosen = args.preset or Settings.preset
-    changes = {"delta": args.delta, "attn_keep": args.attn_keys, "measure": args.measure_steps, "skip": args.skip_steps}
+    changes = {"delta": args.delta, "attn_keep": args.attn_keys, "full": args.full_steps, "skip": args.skip_steps}
     if "mlp_keys" in args:                                           # FLUX alone has this flag
         changes["mlp_keep"] = args.mlp_keys
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -430,7 +430,7 @@ def chosen_sparsity(args, config, steps):
 
 def note_idle_flags(args, sparsity, plan):
     """Say which flags have no effect. sparsity: the chosen one."""
-    idle, why = ("attn_keys", "mlp_keys", "measure_steps"), "--delta none"
+    idle, why = ("attn_keys", "mlp_keys", "full_steps"), "--delta none"
     if args.dense:
         idle, why = ("preset", *idle, "delta", "skip_steps"), "--dense"
     elif args.delta is None:
@@ -451,9 +451,12 @@ def show_plan(plan):
 # what a result says and remembers
 
 
-def work_line(attn, saved, mlp=None):
-    """How much was recomputed and saved, in one line. attn, mlp: work on columns in shares of a dense run's. A step
+def work_line(settings, attn, saved, mlp=None):
+    """How much was computed and saved, in one line. attn, mlp: work on columns in shares of a dense run's. A step
     that measures works on some columns twice, so in few steps these may be more than 1: then all were recomputed."""
+    if settings.sparsity.delta == "none":
+        computed = sum(not step.skip for step in make_plan(settings.steps, settings.sparsity))
+        return f"computed {computed} of {settings.steps} steps; saved {saved:.1%} of the operations"
     columns = f"{min(attn, 1):.1%} of attention columns"
     if mlp is not None:
         columns += f" and {min(mlp, 1):.1%} of MLP columns"
@@ -485,13 +488,13 @@ def recorded_flags(args, settings):
     sparsity = settings.sparsity
     if sparsity is None:
         return said
-    measure = sparsity.measure
-    if not isinstance(measure, int):
-        measure = "".join(f"{i}," for i in measure)
+    full = sparsity.full
+    if not isinstance(full, int):
+        full = "".join(f"{i}," for i in full)
     said |= {"preset": settings.preset, "delta": sparsity.delta,
              "skip-steps": ",".join(map(str, sparsity.skip)) or "none"}
     if sparsity.delta != "none":                                     # else these have no effect
-        said |= {"attn-keys": sparsity.attn_keep, "measure-steps": measure}
+        said |= {"attn-keys": sparsity.attn_keep, "full-steps": full}
         if "mlp_keys" in args:
             said["mlp-keys"] = sparsity.mlp_keep
     return said

@@ -224,7 +224,7 @@ def order():
 def plan():
     pyplot, layers = load_pyplot(), 5
     full = 1, 4, 8, 12
-    sparsity = replace(flux_chipmunk.FLUX_COLUMNS, measure=full, choose=2, skip=(2, 5, 7, 9, 11))
+    sparsity = replace(flux_chipmunk.FLUX_COLUMNS, full=full, choose=2, skip=(2, 5, 7, 9, 11))
     steps = make_plan(13, sparsity)
     times = json.loads(STEP_TIMES.read_text())
     costs = {name: {mode: seconds / found["eager"]["dense model"] for mode, seconds in found["eager"].items()}

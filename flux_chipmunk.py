@@ -14,7 +14,8 @@ What happens (`render`, near the end of this file, is this sequence):
 Chipmunk changes two calls of a block (and a single block runs its fused linears in parts): `attention(q, k, v)`
 becomes `chipmunk_attention(q, k, v, layer_state, step)`, `mlp(x)` becomes `chipmunk_mlp(x, ..., layer_state, step)`.
 Both recompute a few columns only, the most attended to and the fastest changing, and add them to what the last steps
-left in `layer_state` (cache.py). Without a state this is plain FLUX.1.
+left in `layer_state` (cache.py). `--preset columns` does this, the other presets skip whole steps. Without a state this
+is plain FLUX.1.
 
 FLUX.1: Black Forest Labs, github.com/black-forest-labs/flux. Chipmunk: arXiv 2506.03275.
 """
@@ -101,7 +102,7 @@ class Config:
 
 
 # As many columns as in the original's preset for FLUX.1-dev.
-FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", measure=5)
+FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", full=5)
 FLUX_PRESETS = make_presets(FLUX_COLUMNS)
 FLUX_COSTS = {"dense": 0.99, "measure": 1.46, "refresh": 1.17, "sparse": 0.81, "skip": 0.006}
 
@@ -126,7 +127,7 @@ CONFIGS = {
         weights="black-forest-labs/FLUX.1-schnell", files=REAL_FILES | {"flux": ("flux1-schnell.safetensors",)},
         flux=replace(FLUX_12B, guidance=False), autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
         text_length=256, size=1024, steps=4, guidance=0.0, shift=None,
-        presets={name: replace(FLUX_COLUMNS, measure=(1,)) for name in FLUX_PRESETS}, costs=FLUX_COSTS),
+        presets={name: replace(FLUX_COLUMNS, full=(1,)) for name in FLUX_PRESETS}, costs=FLUX_COSTS),
     "dev": Config(
         weights="black-forest-labs/FLUX.1-dev", files=REAL_FILES | {"flux": ("flux1-dev.safetensors",)},
         flux=FLUX_12B, autoencoder=AutoencoderConfig(), t5=T5_XXL, clip=CLIP_L,
@@ -819,7 +820,7 @@ def main():
     if settings.compile:
         cli.note(f"compiling took {compile_seconds():.1f} s")
     if settings.sparsity:
-        cli.say(cli.work_line(ours.attn, ours.saved, ours.mlp))
+        cli.say(cli.work_line(settings, ours.attn, ours.saved, ours.mlp))
     if args.compare:
         dense, picture = (p[None] for p in pictures)                 # (1, 3, height, width) each
         cli.say(media.comparison(dense, picture, reports[0].seconds, ours.seconds))

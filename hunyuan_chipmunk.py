@@ -14,7 +14,8 @@ What happens (`render`, near the end of this file, is this sequence):
 Chipmunk changes one call of a block: `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, layer_state, step)` for
 the rows of the video, which are nearly all. It recomputes only the columns (keys) that are attended to most and adds
 them to what the last steps left in `layer_state` (cache.py). A group of 128 rows shares its columns, so the tokens run
-through the blocks voxel by voxel, 4 x 4 x 8 = 128 of them each (voxel.py). Without a state this is plain HunyuanVideo.
+through the blocks voxel by voxel, 4 x 4 x 8 = 128 of them each (voxel.py). `--preset columns` does this, `fast` also
+skips whole steps, the other presets do that alone. Without a state this is plain HunyuanVideo.
 
 HunyuanVideo: Tencent, github.com/Tencent/HunyuanVideo, arXiv 2412.03603. Chipmunk: arXiv 2506.03275.
 """
@@ -109,12 +110,12 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
 # is used for. Skipping steps alone is closer to dense than columns at the speed of "quality" and "balanced" (README's
 # scores); "fast" has both.
-HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, mlp_keep=0.0, delta="pooled", measure=5, choose=3)
+HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, mlp_keep=0.0, delta="pooled", full=5, choose=3)
 HUNYUAN_PRESETS = {"columns": HUNYUAN_COLUMNS,
                    "quality": replace(HUNYUAN_COLUMNS, delta="none", skip=tuple(range(8, 50, 2))),
                    "balanced": replace(HUNYUAN_COLUMNS, delta="none",
                                        skip=tuple(i for i in range(8, 50) if i % 3 != 1)),
-                   "fast": replace(HUNYUAN_COLUMNS, measure=tuple(range(4, 50, 8)),
+                   "fast": replace(HUNYUAN_COLUMNS, full=tuple(range(4, 50, 8)),
                                    skip=tuple(i for i in range(5, 50) if i % 4))}
 HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.44, "refresh": 1.08, "sparse": 0.57, "skip": 0.001}
 
@@ -478,6 +479,12 @@ class CausalConv(nn.Module):
         return self.conv(x)
 
 
+def group_norm(norm, x):
+    """In float32 at least, as under the original's autocast; its weights are float16."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, inputs, outputs, groups):
         super().__init__()
@@ -489,8 +496,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = CausalConv(inputs, outputs, size=1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(group_norm(self.norm1, x)).to(x.dtype))
+        h = self.conv2(F.silu(group_norm(self.norm2, h)).to(x.dtype))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -505,7 +512,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         """x (B, C, t, h, w). Pixels attend to their own frame and the earlier ones; frame by frame, without a mask."""
-        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]   # (B, 1, thw, C)
+        h = group_norm(self.group_norm, x).to(x.dtype).flatten(2).transpose(1, 2)[:, None]   # (B, 1, thw, C)
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         n = x.shape[3] * x.shape[4]
         o = torch.cat([F.scaled_dot_product_attention(q[:, :, i - n:i], k[:, :, :i], v[:, :, :i])
@@ -561,7 +568,8 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             for block in chain(*stage.values()):
                 x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(group_norm(self.conv_norm_out, x)).to(x.dtype))
 
 
 class Decoder(nn.Module):
@@ -582,7 +590,7 @@ class Decoder(nn.Module):
         for stage in self.up_blocks:
             for block in chain(*stage.values()):
                 x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(group_norm(self.conv_norm_out, x)).to(x.dtype))
 
 
 def fade(before, tile, overlap, dim):
@@ -765,10 +773,8 @@ def vae_dtype(settings):
 @torch.no_grad()
 def decode(vae, latents):
     """latents (1, z, t, h, w) -> one frame (3, 8h, 8w) after the other, on the CPU."""
-    dtype = next(vae.parameters()).dtype
-    with torch.autocast(latents.device.type, dtype=torch.float16, enabled=dtype == torch.float16):
-        for piece in vae.decode_pieces(latents.to(dtype)):           # (1, 3, some, 8h, 8w)
-            yield from piece[0].transpose(0, 1).float().clamp(-1, 1).cpu()
+    for piece in vae.decode_pieces(latents.to(next(vae.parameters()).dtype)):    # (1, 3, some, 8h, 8w)
+        yield from piece[0].transpose(0, 1).float().clamp(-1, 1).cpu()
 
 
 def check(prompt, settings, folder, ranks):
@@ -893,7 +899,7 @@ def main():
     if settings.compile:
         cli.note(f"compiling took {compile_seconds():.1f} s")
     if settings.sparsity:
-        cli.say(cli.work_line(reports[-1].attn, reports[-1].saved))
+        cli.say(cli.work_line(settings, reports[-1].attn, reports[-1].saved))
     if args.compare:
         cli.say(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
 

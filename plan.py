@@ -20,9 +20,9 @@ class Sparsity:
     attn_keep: float = 0.165         # share of columns kept by mass
     attn_random: float = 0.0         # share kept at random
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
-    measure: int | tuple = 10        # all is recomputed at step 1 and every so many steps, or at these steps
+    full: int | tuple = 10           # all is recomputed at step 1 and every so many steps, or at these steps
     choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
-    skip: tuple = ()                 # rerun only the final layer at these steps, unless they measure
+    skip: tuple = ()                 # rerun only the final layer at these steps, unless they are full
     delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
     drift: bool = True               # rests go on as between the last two full steps; False: they stay
     extrapolate: bool = True         # a skipped step goes on as the last two computed ones; False: repeats the last
@@ -41,7 +41,7 @@ class Sparsity:
 
         for name, fits, allowed in (
                 *((name, share, "a number from 0 to 1") for name in ("attn_keep", "attn_random", "mlp_keep")),
-                ("measure", lambda x: whole(x, 1) or listed(x, 0), "a whole number from 1, or a tuple like (1, 2, 4)"),
+                ("full", lambda x: whole(x, 1) or listed(x, 0), "a whole number from 1, or a tuple like (1, 2, 4)"),
                 ("choose", lambda x: whole(x, 1), "a whole number from 1"),
                 ("skip", lambda x: listed(x, 1), "a tuple of steps from 1: step 0 has nothing to reuse"),
                 ("delta", lambda x: x in DELTAS, f"one of {', '.join(DELTAS)}"),
@@ -55,7 +55,7 @@ class Sparsity:
 class Step:
     index: int
     mode: str                        # one of MODES
-    age: int = 0                     # steps since the last measure or refresh step before; 0: there is none
+    age: int = 0                     # steps since the last measure or refresh step; 0: there is none, or it is skipped
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -68,15 +68,15 @@ class Step:
 
 def fit_steps(sparsity, steps, made_for):
     """A preset, which lists steps of a run of `made_for`, for a run of `steps`: at the same moments something is
-    computed, so in half as many steps half as many in a row are skipped. `measure` as a number stays."""
+    computed, so in half as many steps half as many in a row are skipped. `full` as a number stays."""
     def moments(indices, first):
         return {min(max(first, round(i * steps / made_for)), steps - 1) for i in indices}
-    measure, skip = sparsity.measure, sparsity.skip
-    if not isinstance(measure, int):
-        measure = tuple(sorted(moments(measure, 1)))
+    full, skip = sparsity.full, sparsity.skip
+    if not isinstance(full, int):
+        full = tuple(sorted(moments(full, 1)))
     if skip:
         skip = tuple(sorted(set(range(steps)) - moments(set(range(made_for)) - set(skip), 0)))
-    return replace(sparsity, measure=measure, skip=skip)
+    return replace(sparsity, full=full, skip=skip)
 
 
 def all_but(computed, steps=50):
@@ -109,13 +109,13 @@ def make_plan(steps, sparsity):
     Pure: same arguments, same plan. -> list[Step]
 
     All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
-    attention, activations of the MLP. A measure step is never skipped. If no sparse step follows it, it is just dense.
-    Of these steps only every `choose`-th is a measure step, the others are refresh steps.
+    attention, activations of the MLP. A full step is never skipped. If no sparse step follows it, it is just dense.
+    Of the others only every `choose`-th is a measure step, the rest are refresh steps.
     With delta="none" all steps are dense but those to skip."""
     if sparsity is None:
         return [Step(i, "dense") for i in range(steps)]
-    full = set(sparsity.measure) if not isinstance(sparsity.measure, int) else {1, *range(0, steps, sparsity.measure)}
-    if sparsity.delta == "none":                                     # nothing to measure for
+    full = set(sparsity.full) if not isinstance(sparsity.full, int) else {1, *range(0, steps, sparsity.full)}
+    if sparsity.delta == "none":                                     # no sparse step to prepare
         full = set()
     first = min(full - {0}, default=steps)
     computed = [i for i in range(steps) if i in full or i not in sparsity.skip]

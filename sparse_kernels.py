@@ -9,7 +9,7 @@ GROUP neighbouring query rows share one list S_g of key columns and attend to th
     attention_with_column_mass  q, k, v, lse_prev -> o, lse, mass              and how much each column is attended to
     choose_columns              mass, keep, random, static -> columns, counts  the list S_g of every group
     block_means, count_unlisted x, n -> means; columns, counts, n -> unlisted  means stand in for unlisted columns
-    column_sparse_attention     q, k, v, columns, counts, base, sign -> o      base plus or minus the softmax over S_g
+    column_sparse_attention     q, k, v, columns, counts, base, sign -> o      base plus or minus o_S, with means
     sparse_mlp_fc1              x, w1, b1, columns, counts, act -> delta       how listed hidden columns changed
     sparse_mlp_fc2              delta, w2t, columns, counts, out -> out        their change, added onto the output
 

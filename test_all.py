@@ -650,31 +650,31 @@ def test_local_windows_are_the_voxels_around_a_group(grid, side):
 
 
 def test_plan_says_what_every_step_does():
-    plan = make_plan(50, Sparsity(measure=10))
+    plan = make_plan(50, Sparsity(full=10))
     assert [s.index for s in plan if s.mode == "measure"] == [1, 10, 20, 30, 40]
     assert [s.index for s in plan if s.mode == "dense"] == [0]
     assert [s.age for s in plan[:12]] == [0, 0, *range(1, 10), 1]           # since the measure step before
-    plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10)))         # 8 measures all the same
+    plan = make_plan(12, Sparsity(full=(3, 8), skip=(5, 8, 10)))         # 8 is full all the same
     assert [s.mode for s in plan[:4]] == ["dense", "dense", "dense", "measure"]
     assert [s.mode for s in plan[4:8]] == ["sparse", "skip", "sparse", "sparse"]
     assert [s.mode for s in plan[8:]] == ["measure", "sparse", "skip", "sparse"]
-    plan = make_plan(12, Sparsity(measure=(3, 8), skip=(5, 8, 10), delta="none"))               # step caching alone
+    plan = make_plan(12, Sparsity(full=(3, 8), skip=(5, 8, 10), delta="none"))               # step caching alone
     assert [s.index for s in plan if s.skip] == [5, 8, 10] and {s.mode for s in plan} == {"dense", "skip"}
-    plan = make_plan(6, Sparsity(measure=(1, 2, 4)))
+    plan = make_plan(6, Sparsity(full=(1, 2, 4)))
     assert [s.mode for s in plan] == ["dense", "dense", "measure", "sparse", "measure", "sparse"]
     assert [s.age for s in plan] == [0, 0, 0, 1, 2, 1]
-    plan = make_plan(9, Sparsity(measure=2, choose=3, skip=(7,)))           # no sparse step follows 6 or 8
+    plan = make_plan(9, Sparsity(full=2, choose=3, skip=(7,)))           # no sparse step follows 6 or 8
     assert [s.mode[0] for s in plan] == list("ddmsrsdsd")
-    assert [s.mode for s in make_plan(4, Sparsity(measure=(3,)))] == ["dense"] * 4      # nothing sparse would follow
+    assert [s.mode for s in make_plan(4, Sparsity(full=(3,)))] == ["dense"] * 4      # nothing sparse would follow
     assert make_plan(1, Sparsity())[0].mode == "dense"
     assert make_plan(50, Sparsity()) == make_plan(50, Sparsity())
 
 
 def test_values_that_no_plan_can_have_are_named():
-    Sparsity(attn_keep=0, attn_random=1, mlp_keep=1.0, measure=1, choose=1, skip=(1,), delta="none", dense_layers=0)
-    Sparsity(measure=(0, 3)), Sparsity(measure=())
+    Sparsity(attn_keep=0, attn_random=1, mlp_keep=1.0, full=1, choose=1, skip=(1,), delta="none", dense_layers=0)
+    Sparsity(full=(0, 3)), Sparsity(full=())
     never = {**dict.fromkeys(("attn_keep", "attn_random", "mlp_keep"), (-0.1, 1.1, True, math.nan, "all", None)),
-             "measure": (0, -1, True, 2.5, (-1, 3), (1.5,), [1, 2]), "choose": (0, 1.5, (1,)),
+             "full": (0, -1, True, 2.5, (-1, 3), (1.5,), [1, 2]), "choose": (0, 1.5, (1,)),
              "dense_layers": (-1, 0.5), "skip": ((0, 3), (-1,), ("x",), "x", 3), "delta": ("mass", None),
              "drift": ("no", 1), "extrapolate": (None, 0)}
     for name, value in [(name, value) for name, values in never.items() for value in values]:
@@ -696,14 +696,14 @@ def test_all_but_leaves_so_many_steps_ever_farther_apart():
 
 def test_presets_fit_any_number_of_steps():
     full = 1, 2, 4, 7, 12, 20, 30, 40
-    preset = Sparsity(measure=full, skip=(13, 15, 17, 19, *range(21, 30, 2), *range(31, 40, 2), *range(41, 50, 2)))
+    preset = Sparsity(full=full, skip=(13, 15, 17, 19, *range(21, 30, 2), *range(31, 40, 2), *range(41, 50, 2)))
     assert fit_steps(preset, 50, 50) == preset
-    assert fit_steps(preset, 25, 50).measure == (1, 2, 4, 6, 10, 15, 20)
+    assert fit_steps(preset, 25, 50).full == (1, 2, 4, 6, 10, 15, 20)
     assert fit_steps(preset, 25, 50).skip == ()
     assert fit_steps(Sparsity(skip=all_but(12)), 25, 50).skip == tuple(
         i for i in range(25) if i not in (0, 1, 2, 4, 6, 8, 10, 13, 16, 18, 22, 24))
     assert fit_steps(preset, 100, 50).skip[:4] == (1, 3, 5, 7) and fit_steps(Sparsity(), 100, 50).skip == ()
-    assert fit_steps(preset, 2, 50).measure == (1,) and fit_steps(preset, 1, 50).measure == (0,)
+    assert fit_steps(preset, 2, 50).full == (1,) and fit_steps(preset, 1, 50).full == (0,)
 
 # ---------------------------------------------------------------------------------------------------------
 # The method: small random transformers, of all three models
@@ -814,7 +814,7 @@ every_size = pytest.mark.parametrize("name, grid, text_length", [
 @pytest.mark.parametrize("delta", ["pooled", "paper"])
 @every_size
 def test_every_column_kept_equals_dense(name, grid, text_length, delta):
-    sparsity = Sparsity(attn_keep=1.0, mlp_keep=1.0, measure=3, choose=2, delta=delta, dense_layers=1)
+    sparsity = Sparsity(attn_keep=1.0, mlp_keep=1.0, full=3, choose=2, delta=delta, dense_layers=1)
     for dense, ours in run_steps(name, sparsity, grid, text_length, steps=7)[0]:
         assert_near(ours, dense)
 
@@ -822,13 +822,13 @@ def test_every_column_kept_equals_dense(name, grid, text_length, delta):
 @pytest.mark.parametrize("delta", ["pooled", "paper"])
 @every_size
 def test_nothing_changed_equals_dense(name, grid, text_length, delta):
-    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=3, choose=2, delta=delta, dense_layers=1)
+    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, full=3, choose=2, delta=delta, dense_layers=1)
     for dense, ours in run_steps(name, sparsity, grid, text_length, steps=8, change=False)[0]:
         assert_near(ours, dense)
 
 
 def test_pooled_keeps_what_means_miss_and_follows_the_rest():
-    sparsity = Sparsity(attn_keep=1 / 256, delta="pooled", measure=(1,), dense_layers=0)
+    sparsity = Sparsity(attn_keep=1 / 256, delta="pooled", full=(1,), dense_layers=0)
     dense, measure, sparse = make_plan(3, sparsity)
     layer = make_state(1, sparsity, 256, None, 0, DEVICE).layers[0]
 
@@ -853,7 +853,7 @@ def test_pooled_keeps_what_means_miss_and_follows_the_rest():
 @pytest.mark.parametrize("drift", [True, False])
 def test_the_rest_goes_on_as_between_two_full_steps(drift, choose):
     """v moves by the same at every step, and with it all sums over it. Only the drift's 8 bits are in the way."""
-    sparsity = Sparsity(attn_keep=0.0, delta="pooled", measure=(1, 4), choose=choose, drift=drift,
+    sparsity = Sparsity(attn_keep=0.0, delta="pooled", full=(1, 4), choose=choose, drift=drift,
                         dense_layers=0)
     static = torch.arange(256) % 7 == 0                                     # so that both lists are the same
     layer, errors = make_state(1, sparsity, 256, static, 0, CPU).layers[0], []
@@ -874,7 +874,7 @@ def test_the_rest_goes_on_as_between_two_full_steps(drift, choose):
 
 
 def test_a_drift_beyond_its_8_bits_stays_finite():
-    sparsity, most = Sparsity(attn_keep=0.0, measure=(1, 3), dense_layers=0), torch.finfo(torch.float8_e5m2).max
+    sparsity, most = Sparsity(attn_keep=0.0, full=(1, 3), dense_layers=0), torch.finfo(torch.float8_e5m2).max
     layer = make_state(1, sparsity, 256, None, 0, DEVICE).layers[0]
     q, k, v = torch.randn(3, 1, 2, 256, 32, device=DEVICE)
     for step in make_plan(5, sparsity):
@@ -884,7 +884,7 @@ def test_a_drift_beyond_its_8_bits_stays_finite():
 
 def test_mlp_keeps_what_moved_most_and_weighs_most():
     """Each group's rows move along one feature, which four hidden columns see; two of these weigh nothing."""
-    sparsity = Sparsity(mlp_keep=2 / 64, measure=(1,), dense_layers=0)
+    sparsity = Sparsity(mlp_keep=2 / 64, full=(1,), dense_layers=0)
     dense, measure, sparse = make_plan(3, sparsity)
     layer = make_state(1, sparsity, 256, None, 0, DEVICE).layers[0]
     w1, w2 = torch.zeros(64, 32, device=DEVICE), torch.randn(64, 32, device=DEVICE).t()        # w2: column after column
@@ -911,7 +911,7 @@ def test_mlp_keeps_what_moved_most_and_weighs_most():
 @each_model
 def test_few_columns_are_close_and_more_are_closer(name):
     def error(keep):
-        sparsity = Sparsity(attn_keep=keep, mlp_keep=keep, measure=10, dense_layers=1)
+        sparsity = Sparsity(attn_keep=keep, mlp_keep=keep, full=10, dense_layers=1)
         dense, ours = run_steps(name, sparsity, GRID[name], 32, steps=6)[0][-1]
         return ((ours - dense).norm() / dense.norm()).item()
     errors = [error(keep) for keep in (0.05, 0.3, 0.9)]
@@ -992,11 +992,11 @@ def test_work_done_is_what_was_computed(name, grid, tokens):
         states = [state, state] if name == "wan" else state
         attn, *mlp, saved = PROGRAMS[name].work_done(SMALL[name], *tokens, make_plan(4, sparsity), states)
         return attn, mlp, saved, len(state.layers)
-    everything = Sparsity(attn_keep=1.0, mlp_keep=1.0, measure=(1,), dense_layers=1)
+    everything = Sparsity(attn_keep=1.0, mlp_keep=1.0, full=(1,), dense_layers=1)
     attn, mlp, saved, layers = run(everything)
     assert attn == pytest.approx((4 + 5 * (layers - 1)) / (4 * layers))     # a measure step counts 2
     assert mlp == ([pytest.approx(1.0)] if name == "flux" else []) and saved < 0
-    few = Sparsity(attn_keep=0.1, mlp_keep=0.0, measure=(1,), dense_layers=1)                  # the MLP left dense
+    few = Sparsity(attn_keep=0.1, mlp_keep=0.0, full=(1,), dense_layers=1)                  # the MLP left dense
     attn, mlp, saved, _ = run(few)
     assert attn < 1 and mlp == ([1] if name == "flux" else []) and 0 < saved < 0.25
     attn, mlp, saved, _ = run(replace(few, skip=(3,)))
@@ -1006,7 +1006,7 @@ def test_work_done_is_what_was_computed(name, grid, tokens):
 @each_model
 def test_generations_do_not_meet(name):
     """Two generations in one process, another size between them: as in separate processes."""
-    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, measure=(1, 3), skip=(4,), dense_layers=1)
+    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, full=(1, 3), skip=(4,), dense_layers=1)
     model = random_model(name)
     first, _ = sample_small(name, model, GRID[name], sparsity)
     sample_small(name, model, ODD_GRID[name], sparsity)
@@ -1014,7 +1014,7 @@ def test_generations_do_not_meet(name):
 
 
 def test_wan_keeps_its_two_texts_apart():
-    sparsity = Sparsity(attn_keep=0.1, attn_random=0.01, measure=(1,), skip=(4,), dense_layers=1)
+    sparsity = Sparsity(attn_keep=0.1, attn_random=0.01, full=(1,), skip=(4,), dense_layers=1)
     model, (prompt, negative) = random_model("wan"), torch.randn(2, 1, 9, 24, device=DEVICE)
     x, (state, state_negative) = sample_small("wan", model, (4, 8, 8), sparsity, (prompt, negative))
     assert not torch.equal(state.past[-1][1], state_negative.past[-1][1])
@@ -1046,7 +1046,7 @@ def test_blocks_compile_without_a_graph_break(kind, delta):
     model = random_model("flux")
     block = (model.double_blocks if kind == "double" else model.single_blocks)[0]
     layout = flux_chipmunk.make_layout(FLUX, 9, 17, 13, DEVICE)
-    sparsity = Sparsity(attn_keep=0.2, attn_random=0.05, mlp_keep=0.3, measure=(1, 5, 8), choose=2, delta=delta,
+    sparsity = Sparsity(attn_keep=0.2, attn_random=0.05, mlp_keep=0.3, full=(1, 5, 8), choose=2, delta=delta,
                         dense_layers=0)
     ours, theirs = (make_state(1, sparsity, 13 + 9 * 17, None, 0, DEVICE).layers[0] for _ in range(2))
     torch._dynamo.reset()
@@ -1116,7 +1116,7 @@ def test_each_kind_of_step_copies_what_it_must(monkeypatch, mode, schedule):
 @pytest.mark.parametrize("resident, weights", [(0, None), (1, 1), (2, 0)])
 @each_model
 def test_where_things_live_changes_nothing(name, delta, resident, weights):
-    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, measure=(1, 4), choose=2, skip=(3,), delta=delta,
+    sparsity = Sparsity(attn_keep=0.1, attn_random=0.02, mlp_keep=0.2, full=(1, 4), choose=2, skip=(3,), delta=delta,
                         dense_layers=1)
     want, want_states = sample_small(name, random_model(name), ODD_GRID[name], sparsity, steps=7)
     model = random_model(name)
@@ -1162,7 +1162,7 @@ def test_copies_may_be_as_late_as_they_are_waited_for(monkeypatch, name):
                 target.copy_(source())
         if lane:
             lane.due = [due for due in lane.due if not any(due is pair for pair in copies)]
-    sparsity = Sparsity(attn_keep=0.1, mlp_keep=0.2, measure=(1, 4), delta="pooled", dense_layers=1)
+    sparsity = Sparsity(attn_keep=0.1, mlp_keep=0.2, full=(1, 4), delta="pooled", dense_layers=1)
     want, _ = sample_small(name, random_model(name), GRID[name], sparsity, steps=7)
     monkeypatch.setattr(offload, "Lane", Late)
     monkeypatch.setattr(offload, "wait", finish)
@@ -1640,9 +1640,19 @@ def test_hunyuans_tiles_are_the_originals():
     assert set(tiles[:8]) == {(17, 32, 32), (17, 32, 8), (17, 18, 32), (17, 18, 8)}
 
 
-def test_hunyuans_frames_do_not_see_later_ones():
+def test_hunyuans_decoder_normalises_half_precision_in_float32():
+    vae, latents = randomise(hunyuan_chipmunk.VAE(HUNYUAN_VAE)), torch.randn(1, 4, 2, 4, 4)
+    exact = torch.stack(list(hunyuan_chipmunk.decode(vae, latents)))                         # (frames, 3, H, W)
+    close = torch.stack(list(hunyuan_chipmunk.decode(vae.half(), latents)))
+    assert media.psnr(exact, close) > 40
+    norm, x = nn.GroupNorm(2, 4), 6e4 * torch.rand(1, 4, 2, 3, 3)                            # float16 ends at 65,504
+    normed = hunyuan_chipmunk.group_norm(norm.half(), x.half())
+    assert normed.dtype == torch.float32 and torch.allclose(normed, norm.float()(x.half().float()), atol=1e-4)
+
+
+def test_hunyuans_frames_do_not_see_later_ones(monkeypatch):
     block = randomise(hunyuan_chipmunk.AttentionBlock(16, 8))
-    block.group_norm = nn.Identity()                                        # whose statistics span all frames
+    monkeypatch.setattr(hunyuan_chipmunk, "group_norm", lambda norm, x: x)  # whose statistics span all frames
     x = torch.randn(1, 16, 4, 3, 2)
     later = x.clone()
     later[:, :, 2:] += 1
@@ -1724,12 +1734,12 @@ def test_unipc_equals_diffusers(diffusers, steps, shift):
 PROMPT = "a red circle moves up on a blue background"
 SHORT = {"flux": {"width": 128, "height": 96, "steps": 4}}
 SHORT["wan"] = SHORT["hunyuan"] = {"width": 80, "height": 64, "frames": 5, "steps": 4}
-SPARSE = {"preset": "columns", "measure_steps": "1,", "skip_steps": 3}
+SPARSE = {"preset": "columns", "full_steps": "1,", "skip_steps": 3}
 
 
 def sparse(name):
     """SPARSE for Python"""
-    return replace(PROGRAMS[name].CONFIGS["tiny"].presets["columns"], measure=(1,), skip=(3,))
+    return replace(PROGRAMS[name].CONFIGS["tiny"].presets["columns"], full=(1,), skip=(3,))
 
 
 @pytest.fixture
@@ -1783,7 +1793,7 @@ def test_a_result_is_made_again_by_the_command_that_it_remembers(call, tmp_path,
     if name == "wan":
         more |= {"negative_prompt": "-dark"}
     first, other, again, elsewhere = (tmp_path / f"{word}{suffix}" for word in ("first", "other", "again", "elsewhere"))
-    more |= {"delta": "paper", "measure_steps": "1,", "skip_steps": "3"}
+    more |= {"delta": "paper", "full_steps": "1,", "skip_steps": "3"}
     status, printed, _ = call(name, seed=7, out=first, **SHORT[name], **more)
     assert status == 0 and "seed 7" in printed and "saved" in printed
     if name == "flux":
@@ -1871,7 +1881,7 @@ def test_compiled_blocks_draw_the_same(call, monkeypatch, tmp_path, name):
         compile(module, backend="eager", fullgraph=True, **options)
     monkeypatch.setattr(nn.Module, "compile", compile_and_note)
     torch._dynamo.reset()
-    flags = SHORT[name] | SPARSE | {"steps": 12, "measure_steps": 3, "skip_steps": 5}         # every kind of step
+    flags = SHORT[name] | SPARSE | {"steps": 12, "full_steps": 3, "skip_steps": 5}         # every kind of step
     pictures = []
     for more in [], ["--compile"]:
         status, _, errors = call(name, "--compare", *more, out=tmp_path / "a.png", **flags)
@@ -1937,7 +1947,7 @@ def test_settings_are_read_as_they_are_written(monkeypatch, name, model, steps):
 
 
 def test_show_plan_prints_what_every_step_does(call):
-    status, printed, _ = call("flux", "--show-plan", preset="columns", steps=12, skip_steps=5, measure_steps=4)
+    status, printed, _ = call("flux", "--show-plan", preset="columns", steps=12, skip_steps=5, full_steps=4)
     plan, need = printed.split("\n\n")
     lines = plan.splitlines()
     assert status == 0 and len(lines) == 13 and "measure" in lines[2] and "skip" in lines[6]
@@ -1970,8 +1980,8 @@ FOR_ALL = [
     ({"seed": -1}, "whole number"), ({"guidance": "nan"}, "number from 0"), ({"attn_keys": 1.5}, "number from 0"),
     ({"width": 0}, "from 64"), ({"height": 10**9}, "to 2048"), ({"skip_steps": "x"}, "step numbers"),
     ({"skip_steps": "0,3"}, "step 0 cannot be skipped"), ({"skip_steps": "99"}, "has the steps 0 to 49"),
-    ({"measure_steps": ""}, "step numbers"), ({"measure_steps": "0"}, "every 0 steps"),
-    ({"measure_steps": "1,99"}, "has the steps 0 to 49"), ({"device": "meta"}, "no device"),
+    ({"full_steps": ""}, "step numbers"), ({"full_steps": "0"}, "every 0 steps"),
+    ({"full_steps": "1,99"}, "has the steps 0 to 49"), ({"device": "meta"}, "no device"),
     ({"device": "cuda:77"}, "no device"), ({"device": "toaster"}, "no device"), ({"prompt": ""}, "no prompt"),
     ({"prompt": " \n"}, "no prompt"), ({"prompt": "caf\udce9"}, "no valid UTF-8"), ({"weights": "."}, "has no "),
     ({"weights": "nowhere"}, "no folder nowhere"), ({"out": "x" * 300 + ".png"}, "too long"),
@@ -2005,7 +2015,7 @@ def test_bad_flags_end_in_one_line(call, monkeypatch, tmp_path, name, settings, 
     ({"guidance": math.nan}, "guidance nan is not a number"), ({"prompt": " "}, "no prompt"),
     ({"prompt": 5}, "not text"), ({"weights": "nowhere"}, "no folder nowhere"), ({"weights": ""}, "--weights is empty"),
     ({"sparsity": "pooled"}, "not a plan.Sparsity"), ({"sparsity": Sparsity(skip=(50,))}, "no step 50"),
-    ({"sparsity": Sparsity(measure=(1, 99))}, "no step 99")])
+    ({"sparsity": Sparsity(full=(1, 99))}, "no step 99")])
 def test_python_raises_what_the_command_line_says(settings, says):
     with pytest.raises(cli.Fail, match=re.escape(says)):
         wan_chipmunk.generate(**{"prompt": PROMPT, "device": "cpu"} | settings)
@@ -2376,7 +2386,7 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
 @each_model
 def test_whole_table_adds_up(capsys, name):
     config = tiny_run(name, PROGRAMS[name].CONFIGS["tiny"])
-    config = replace(config, steps=9, presets={"columns": Sparsity(measure=(1, 4), skip=(7,))})
+    config = replace(config, steps=9, presets={"columns": Sparsity(full=(1, 4), skip=(7,))})
     model, medians = bench.whole_table(name, "tiny", config, "columns", CPU)
     title, _, *rows, _, said = capsys.readouterr().out.splitlines()
     assert model.startswith("tiny, 32x32") and title.startswith(f"| {name} tiny")
@@ -2854,7 +2864,7 @@ def small_settings(monkeypatch, name, grid, text_length, **changes):
 @pytest.mark.parametrize("mlp_keep", [0.0, 0.3])
 @each_model
 def test_caches_need_what_was_estimated(monkeypatch, name, delta, mlp_keep):
-    sparsity = Sparsity(attn_keep=0.2, attn_random=0.02, mlp_keep=mlp_keep, measure=(1, 3), delta=delta,
+    sparsity = Sparsity(attn_keep=0.2, attn_random=0.02, mlp_keep=mlp_keep, full=(1, 3), delta=delta,
                         dense_layers=1)
     grid = GRID[name] if name == "wan" else ODD_GRID[name]                  # an edge of incomplete voxels may keep more
     pairs, state = run_steps(name, sparsity, grid, 9, 5)
@@ -3079,19 +3089,22 @@ def test_no_more_than_everything_is_recomputed(call, tmp_path):
     status, printed, _ = call("flux", **short, **SPARSE | {"skip_steps": "none"})
     assert status == 0 and "recomputed 100.0% of attention columns and 100.0% of MLP columns; took " in printed
     assert "more operations than --dense" in printed and "-" not in printed.split("took ")[1].split("%")[0]
-    assert cli.work_line(0.25, 0.5) == "recomputed 25.0% of attention columns; saved 50.0% of the operations"
+    columns, skips = (cli.Settings(steps=4, sparsity=Sparsity(delta=delta, skip=(2,))) for delta in ("pooled", "none"))
+    line = cli.work_line(columns, 0.25, 0.5)
+    assert line == "recomputed 25.0% of attention columns; saved 50.0% of the operations"
+    assert cli.work_line(skips, 0.75, 0.25) == "computed 3 of 4 steps; saved 25.0% of the operations"
 
 
 @pytest.mark.parametrize("flags, says", [
-    ({"preset": "columns", "measure_steps": "1,3", "skip_steps": "2,3"}, "note: --skip-steps 3: no effect, as these"),
+    ({"preset": "columns", "full_steps": "1,3", "skip_steps": "2,3"}, "note: --skip-steps 3: no effect, as these"),
     ({"skip_steps": "2", "attn_keys": 0.5}, "note: --attn-keys: no effect with preset balanced, which has no sparse"),
     ({"dense": None, "attn_keys": 0.5, "mlp_keys": 0.5}, "note: --attn-keys, --mlp-keys: no effect with --dense"),
-    ({"delta": "none", "measure_steps": "1,3", "skip_steps": "3"}, "note: --measure-steps: no effect with --delta"),
+    ({"delta": "none", "full_steps": "1,3", "skip_steps": "3"}, "note: --full-steps: no effect with --delta"),
     ({"delta": "none", "skip_steps": "3"}, ""), ({"dense": None, "delta": "none"}, "note: --delta: no effect with"),
     ({"dense": None, "preset": "fast"}, "note: --preset: no effect with --dense"), ({"steps": 20}, ""),
-    ({"preset": "columns", "measure_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""),
+    ({"preset": "columns", "full_steps": "1,3", "skip_steps": "2"}, ""), ({"dense": None}, ""),
     ({"steps": 5}, "note: in 5 steps, preset balanced is not faster than dense"),
-    ({"preset": "columns", "measure_steps": 1}, "note: by the published model's step times")])
+    ({"preset": "columns", "full_steps": 1}, "note: by the published model's step times")])
 def test_flags_without_effect_are_said(call, tmp_path, flags, says):
     given = {key: value for key, value in flags.items() if value is not None}
     status, _, notes = call("flux", *[f"--{key}" for key in flags.keys() - given.keys()], out=tmp_path / "a.png",
@@ -3378,7 +3391,7 @@ def several_generations(name, ranks):
     config, program, steps, results = SEVERAL[name], PROGRAMS[name], 6, []
     model = random_model(name, config, device=CPU).double()
     for grid, text_length, delta in SEVERAL_SIZES[name]:
-        sparsity = Sparsity(attn_keep=0.1, attn_random=0.05, mlp_keep=0.3, measure=(1, 3), skip=(4,), delta=delta,
+        sparsity = Sparsity(attn_keep=0.1, attn_random=0.05, mlp_keep=0.3, full=(1, 3), skip=(4,), delta=delta,
                             extrapolate=True, dense_layers=1)
         given, plan = model_inputs(name, grid, text_length, config, batch=2, device=CPU), make_plan(steps, sparsity)
         x, text = given["x"].double(), given["text"].double()

@@ -14,7 +14,7 @@ What happens (`render`, near the end of this file, is this sequence):
 Chipmunk changes one call of a block: self attention's `attention(q, k, v)` becomes `chipmunk_attention(q, k, v,
 layer_state, step)`, which recomputes only the columns that matter most and adds them to what the last steps left in
 `layer_state` (cache.py). The two texts have a state each. Cross attention and the MLP stay dense, as in the original.
-Without a state this is plain Wan2.1.
+`--preset columns` does this, the other presets skip whole steps. Without a state this is plain Wan2.1.
 
 Wan2.1: Alibaba's Wan team, github.com/Wan-Video/Wan2.1. Chipmunk: arXiv 2506.03275.
 """
@@ -104,7 +104,7 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
 # is used for. Skipped steps repeat: to go on as the last two computed ones tell is closer to dense, but spoils things
 # (results.md).
-WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", measure=5, choose=2)
+WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", full=5, choose=2)
 WAN_PRESETS = make_presets(WAN_COLUMNS, extrapolate=False)
 WAN_COSTS = {"dense": 1.0, "measure": 1.66, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
 
@@ -781,7 +781,7 @@ def main():
     if settings.compile:
         cli.note(f"compiling took {compile_seconds():.1f} s")
     if settings.sparsity:
-        cli.say(cli.work_line(reports[-1].attn, reports[-1].saved))
+        cli.say(cli.work_line(settings, reports[-1].attn, reports[-1].saved))
     if args.compare:
         cli.say(media.comparison(dense, ours, reports[0].seconds, reports[1].seconds))
 

@@ -357,7 +357,8 @@ def draw_frontier(pyplot, results, model, times):
     axes.set(xlabel=f"speed-up by the time of {times['model']}", ylabel="PSNR to dense, dB", xlim=(1, 5),
              title=f"{model} tiny: how close to dense at which speed")
     axes.legend()
-    figure.savefig(FIGURES / f"frontier-{model}.png", bbox_inches="tight")
+    media.write_whole(FIGURES / f"frontier-{model}.png", False,
+                      lambda temporary: figure.savefig(temporary, format="png", bbox_inches="tight"))
 
 
 def run_seconds(steps, sparsity, times):
@@ -652,7 +653,7 @@ def note_times(name, model, ways, device):
     known = json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {}
     known[name] = {"model": model, "device": where(device), "date": str(date.today()),
                    **{way: {kind: round(s, 4) for kind, s in times.items()} for way, times in ways.items()}}
-    STEP_TIMES.write_text(json.dumps(known, indent=1) + "\n")
+    media.write_whole(STEP_TIMES, False, lambda temporary: temporary.write_text(json.dumps(known, indent=1) + "\n"))
 
 # ---------------------------------------------------------------------------------------------------------
 # kernels

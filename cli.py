@@ -125,6 +125,7 @@ def run(main):
     except Fail as error:
         sys.exit(f"error: {' '.join(str(error).splitlines())}")
     except KeyboardInterrupt:
+        at_ctrl_c(lambda *_: os._exit(130))                          # a second one: torch's exit functions would speak
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
@@ -404,7 +405,7 @@ def parse(parser, configs, show_need):
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
     if args.compare and all(step.mode == "dense" for step in plan):
-        raise Fail(f"nothing to compare: in {steps} steps this is the dense model; take more --steps")
+        raise Fail(f"nothing to compare: in {steps} steps this is the dense model; take more --steps or other flags")
     note_idle_flags(args, sparsity, plan)
     return args, fill(settings, configs)
 
@@ -461,7 +462,7 @@ def work_line(settings, attn, saved, mlp=None):
     if mlp is not None:
         columns += f" and {min(mlp, 1):.1%} of MLP columns"
     if saved < 0:
-        return f"recomputed {columns}; took {-saved:.1%} more operations than --dense, which so few steps do not repay"
+        return f"recomputed {columns}; took {-saved:.1%} more operations than --dense"
     return f"recomputed {columns}; saved {saved:.1%} of the operations"
 
 

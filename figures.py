@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 from dataclasses import replace
+from io import BytesIO
 from typing import NamedTuple
 from unittest import mock
 
@@ -25,6 +26,7 @@ from PIL import Image
 
 import cli
 import flux_chipmunk
+import media
 from bench import FIGURES, STEP_TIMES, print_header, print_row
 from cache import chipmunk_attention, chipmunk_mlp, make_state
 from plan import Sparsity, Step, make_plan, relative_time
@@ -46,8 +48,10 @@ def load_pyplot():
 def save(figure, name):
     """assets/NAME.png in 256 colours, white behind it whatever the page's colour."""
     out = FIGURES / f"{name}.png"
-    figure.savefig(out, dpi=100, facecolor="white", bbox_inches="tight")
-    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=100, facecolor="white", bbox_inches="tight")
+    picture = Image.open(drawn).convert("RGB").quantize(256)
+    media.write_whole(out, False, lambda temporary: picture.save(temporary, format="PNG", optimize=True))
     cli.say(f"\n{out.parent.name}/{out.name}")
 
 # ---------------------------------------------------------------------------------------------------------

@@ -114,7 +114,8 @@ def write_mp4(file, frames, fps, texts):
     and the same frames give another file at every run."""
     import av
     first = next(frames)
-    with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}) as video:
+    path = str(file.absolute())                                      # FFmpeg takes a relative "12:30.mp4" for a URL
+    with av.open(path, "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}) as video:
         video.metadata.update(texts)
         stream = video.add_stream("libx264", rate=fps, options={"crf": "14", "x264-params": "mbtree=0"})
         stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"

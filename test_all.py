@@ -2133,6 +2133,12 @@ def test_too_little_memory_a_full_disk_and_ctrl_c_leave_nothing_behind(call, mon
 # The programs: pictures and videos
 
 
+def test_a_videos_name_may_have_a_colon(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    media.write_video(Path("12:30.mp4"), iter(torch.zeros(2, 3, 16, 16)), 8, {})
+    assert read_video(tmp_path / "12:30.mp4")[0].shape == (2, 3, 16, 16)
+
+
 def test_videos_are_written_whole_and_can_be_read(tmp_path):
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 96), indexing="ij")
     frames = torch.stack([torch.stack([x, y, torch.full_like(x, i / 4 - 1)]) for i in range(9)])   # (9, 3, 64, 96)
@@ -3603,6 +3609,12 @@ def test_figures_are_drawn_and_their_shares_are_right(monkeypatch, tmp_path, cap
     figures.main()
     for name in sys.argv[1:]:
         assert Image.open(tmp_path / f"{name}.png").width > 500 and (tmp_path / f"{name}.png").stat().st_size < 300_000
+
+    drawn = (tmp_path / "plan.png").read_bytes()
+    with monkeypatch.context() as broken, pytest.raises(cli.Fail, match="cannot write .*plan.png: full"):
+        broken.setattr(Image.Image, "save", lambda *_, **options: (_ for _ in ()).throw(OSError("full")))
+        figures.save(SimpleNamespace(savefig=lambda file, **options: file.write(drawn)), "plan")
+    assert (tmp_path / "plan.png").read_bytes() == drawn and len([*tmp_path.iterdir()]) == 4
     printed, page = capsys.readouterr().out, (HERE / "method.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^\| (?:attention|MLP)", printed, re.MULTILINE)) == 18
     said = re.search(r"13 steps take [\d.]+ of the dense model's time", printed)[0]

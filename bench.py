@@ -266,7 +266,7 @@ def caching(args):
     for batch in tqdm(batches, "batches of captions"):
         dense = generate(batch, None, steps)                         # (B, 3, H, W) or (B, 3, T, H, W)
         for plan, skipped in plans.items():
-            drawn = generate(batch, Sparsity(delta="none", full=(), skip=skipped, extrapolate=False), steps)
+            drawn = generate(batch, Sparsity(delta="none", skip=skipped, extrapolate=False), steps)
             for pair in zip(dense, drawn):
                 psnrs[plan].append(media.psnr(*pair))
     print_header(f"{args.model} tiny, {args.captions} captions, {steps} dense steps, some repeated", "best plan",
@@ -290,7 +290,7 @@ def plans_to_compare(model, config):
     """Plans for 50 steps, as the presets are. -> {family: [(label, number of steps, Sparsity or None for dense)]}"""
     columns, original = config.presets["columns"], ORIGINAL[model]
     plans = {"fewer steps": [(f"{n} steps", n, None) for n in (33, 25, 20, 17, 12)]}
-    caching = [(f"{n} computed", 50, Sparsity(delta="none", full=(), skip=all_but(n)))
+    caching = [(f"{n} computed", 50, Sparsity(delta="none", skip=all_but(n)))
                for n in (35, 30, 25, 22, 20, 18, 15, 12, 10)]
     plans["step caching, repeated"] = [(*plan, replace(s, extrapolate=False)) for *plan, s in caching]
     plans["step caching, extrapolated"] = caching

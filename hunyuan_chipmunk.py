@@ -480,7 +480,8 @@ class CausalConv(nn.Module):
 
 
 def group_norm(norm, x):
-    """In float32 at least, as under the original's autocast; its weights are float16."""
+    """A GroupNorm of x (B, C, t, h, w) in float32 at least, as under the original's autocast, though its weights may be
+    float16. -> the same shape, in that precision"""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 

@@ -81,7 +81,7 @@ def fit_steps(sparsity, steps, made_for):
 
 def all_but(computed, steps=50):
     """The steps to skip so that `computed` of them are left: the first, the last, and between them ever fewer, the i-th
-    at about (i / computed)^1.4 of the way. What stands where is decided early. -> tuple"""
+    at about (i / (computed - 1))^1.4 of the way. What stands where is decided early. -> tuple"""
     left = [0]
     for i in range(1, computed):
         left.append(max(left[-1] + 1, round((steps - 1) * (i / (computed - 1))**1.4)))

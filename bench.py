@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
+import checkpoints
 import cli
 import flux_chipmunk
 import hunyuan_chipmunk
@@ -316,7 +317,7 @@ def frontier(args):
     except ImportError:
         raise cli.Fail("frontier draws a figure; install what draws it: pip install matplotlib") from None
     config, device, scenes, templates, batches, generate = prepare(args)
-    known = json.loads(STEP_TIMES.read_text())
+    known = known_times(args.model)
     times = known.get(f"{args.model} whole", known[args.model])      # at the published size, if that was measured
     way = "compiled" if "compiled" in times else "eager"
     results = {}                                                     # {family: [(speed-up, PSNR, SSIM, things, label)]}
@@ -361,6 +362,18 @@ def draw_frontier(pyplot, results, model, times):
                       lambda temporary: figure.savefig(temporary, format="png", bbox_inches="tight"))
 
 
+def known_times(*models):
+    """What step_times.json has. Raises Fail if it cannot be read, or lacks one of these models."""
+    try:
+        known = json.loads(STEP_TIMES.read_text())
+    except (OSError, ValueError) as error:
+        raise cli.Fail(f"cannot read {STEP_TIMES}: {checkpoints.reason(error)}; fetch it again") from None
+    for model in models:
+        if model not in known:
+            raise cli.Fail(f"{STEP_TIMES} has no times of {model}: python bench.py speed --model {model} writes them")
+    return known
+
+
 def run_seconds(steps, sparsity, times):
     """How long a run takes. times: {kind of step: seconds}; where nothing is cached, a step is the plain model's."""
     plain = sparsity is None or sparsity.delta == "none"
@@ -376,7 +389,7 @@ def eager_and_compiled(words):
 
 def presets(args):
     """What the presets gain on the real models, by the times that `speed` noted."""
-    known = json.loads(STEP_TIMES.read_text())
+    known = known_times()
     print_header("50 steps, eager (compiled)", "dense", *flux_chipmunk.CONFIGS["dev"].presets)
     for name, times in known.items():
         stem, *_ = name.split()
@@ -650,7 +663,7 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
 
 def note_times(name, model, ways, device):
     """Write what speed_table or whole_table measured into step_times.json."""
-    known = json.loads(STEP_TIMES.read_text()) if STEP_TIMES.exists() else {}
+    known = known_times() if STEP_TIMES.exists() else {}
     known[name] = {"model": model, "device": where(device), "date": str(date.today()),
                    **{way: {kind: round(s, 4) for kind, s in times.items()} for way, times in ways.items()}}
     media.write_whole(STEP_TIMES, False, lambda temporary: temporary.write_text(json.dumps(known, indent=1) + "\n"))

@@ -173,14 +173,20 @@ def sharded_files(weights, name):
 # checking and loading
 
 
-def load_tokenizer(load, path):
-    """load(path). Raises Fail if the file is damaged."""
+def load_tokenizer(load, path, vocab):
+    """load(path), for a model that knows `vocab` tokens. Raises Fail if the file is damaged, or not for this model: the
+    published ones leave up to 84 embeddings without a token, ours up to 301."""
     try:
-        return load(path)
+        tokenizer = load(path)
     except Exception as error:                                       # the tokenizers library raises nothing narrower
         if out_of_memory(error):
             raise
         raise Fail(f"{path} is no tokenizer that can be read ({reason(error)}); fetch it again") from None
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    if not vocab - 400 <= tokens <= vocab:
+        raise Fail(f"{path} has {tokens} tokens, but the model knows {vocab}: it is another model's, or cut; "
+                   "check --model and --weights, or fetch it again")
+    return tokenizer
 
 
 def read_headers(files):

@@ -13,6 +13,7 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -143,6 +144,8 @@ def run(main):
             said = str(error).splitlines()[0]
             sys.exit(f"error: --compile failed ({said}); on a CPU it needs a C++ compiler (g++ or clang++), on a GPU "
                      "Triton; or leave it out")
+        if isinstance(error, OSError) and error.errno:               # of the system: a full disk, a folder's permission
+            sys.exit(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
         raise
 
 # ---------------------------------------------------------------------------------------------------------
@@ -178,14 +181,20 @@ def fill(settings, configs):
         raise Fail(f"no model {settings.model!r}; choose from {', '.join(configs)}")
     if settings.weights is not None and not str(settings.weights):
         raise Fail("--weights is empty; it wants a folder, or a Hugging Face repository like owner/name")
+    for name, kind, words in (("weights", str | Path | None, "a path or a name"), ("dense", bool, "True or False"),
+                              ("compile", bool, "True or False")):
+        if not isinstance(getattr(settings, name), kind):
+            raise Fail(f"{name} {getattr(settings, name)!r} is not {words}")
     config = configs[settings.model]
     given = {field.name: getattr(settings, field.name) for field in fields(settings)}
     for name, (kind, low, high) in RANGES.items():
         value = given[name]
         if value is None and name != "seed":                         # the model's own
             continue
-        if not (isinstance(value, int | kind) and low <= value <= high):
+        a_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        if not (a_number and low <= value <= high):
             raise Fail(f"{name} {value!r} is not {range_words(kind, low, high)}")
+        settings = replace(settings, **{name: kind(value)})          # NumPy's numbers, too
     own = {name: getattr(config, name, None) for name, value in given.items() if value is None and name != "weights"}
     settings = replace(settings, **own)
 

@@ -2,18 +2,19 @@
 
     python figures.py observation    which share of the columns carries which share of the change between steps
     python figures.py order          groups of 128 tokens in raster order and in patches, and that share in each
+    python figures.py videos         the same for attention in both video models, in raster order and in voxels
     python figures.py plan           what 13 steps do, and what a step of each kind costs
     python figures.py kernel         the way of k and v through a GPU
     python figures.py example        the deltas of attention and of the MLP in numbers (no figure)
 
-The first two watch FLUX.1's tiny model draw a picture densely, which takes seconds on a CPU. Figures need matplotlib.
+The first three watch the tiny models draw densely, which takes seconds on a CPU, or a minute for the videos. Figures
+need matplotlib.
 """
 import interrupt
 if __name__ == "__main__":
     interrupt.at_ctrl_c(interrupt.end)                               # importing torch takes seconds
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from io import BytesIO
@@ -27,12 +28,15 @@ from PIL import Image
 import cli
 import flux_chipmunk
 import media
-from bench import FIGURES, STEP_TIMES, print_header, print_row
+from bench import DRAW, FIGURES, known_times, print_header, print_row
 from cache import chipmunk_attention, chipmunk_mlp, make_state
 from plan import Sparsity, Step, make_plan, relative_time
 from sparse_kernels import GROUP, attention, attention_with_column_mass
+from voxel import token_order
 
 PROMPT, SEED = "a small orange heart above a large cyan triangle on a purple background", 6
+VIDEOS = {"wan": "a furry brown chipmunk moves left to right on a cloudy blue background",
+          "hunyuan": "a red circle moves left to right on a green background"}
 STARTS = 5, 15, 25, 35, 45     # changes are taken from these steps to the next one, and to the 4th after them
 COLORS = {"dense": "#4c78a8", "measure": "#e45756", "refresh": "#f2a49f", "sparse": "#72b7b2", "skip": "#dddddd"}
 
@@ -59,16 +63,15 @@ def save(figure, name):
 
 
 class Seen(NamedTuple):
-    attention: dict            # {step: [q, k, v of each layer]}, (1, H, T + N, D) each
-    mlp: dict                  # {step: [gelu(W1 x + b1) and W2 of each layer]}, (1, rows, F) and (C, F)
-    layout: flux_chipmunk.Layout
-    picture: torch.Tensor      # (3, H, W) in 0..1
+    attention: dict            # {step: [q, k, v of each layer]}, (1, H, N, D), (1, H, Nk, D) twice
+    mlp: dict                  # {step: [gelu(W1 x + b1) and W2 of each layer]}, (1, rows, F) and (C, F); FLUX.1's
+    drawn: torch.Tensor        # (3, H, W), or of a video (3, T, H, W), in -1..1
 
 
-def watch():
-    """Draw PROMPT densely and keep what the layers compute at STARTS, and 1 and 4 steps before and after. -> Seen"""
-    config, cpu = flux_chipmunk.CONFIGS["tiny"], torch.device("cpu")
-    wanted = {start + offset for start in STARTS for offset in (-4, -1, 0, 1, 4)}
+def watch(name, prompt, seed, offsets):
+    """Have a tiny model draw densely, and keep what its layers compute so many steps from STARTS. -> Seen"""
+    program, draw_with = DRAW[name]
+    wanted = {start + offset for start in STARTS for offset in offsets}
     attentions, mlps = ({i: [] for i in sorted(wanted)} for _ in range(2))
 
     def watched_attention(q, k, v, layer_state, step):
@@ -80,21 +83,11 @@ def watch():
         if step.index in wanted:
             mlps[step.index].append((F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2))
         return chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step)
-
-    text, pooled = flux_chipmunk.encode_prompts([PROMPT], config, config.weights, cpu, torch.float32)
-    flux, autoencoder = (flux_chipmunk.load_part(part, config, config.weights, cpu, torch.float32)
-                         for part in ("flux", "autoencoder"))
-    side = config.size // 16
-    layout = flux_chipmunk.make_layout(config.flux, side, side, config.text_length)
-    noise = flux_chipmunk.make_noise(config.autoencoder.z, side, side, SEED).float()
-    sigmas = flux_chipmunk.make_sigmas(config.steps, side**2, config.shift)
-    plan = [Step(i, "dense") for i in range(config.steps)][:max(wanted) + 1]
-    state = make_state(len(flux.all_blocks), Sparsity(mlp_keep=0.0, dense_layers=0), 0, None, 0, cpu)
-    with mock.patch.multiple(flux_chipmunk, chipmunk_attention=watched_attention, chipmunk_mlp=watched_mlp):
-        x = flux_chipmunk.sample(flux, flux_chipmunk.patchify(noise), text, pooled, config.guidance, sigmas, layout,
-                                 plan, state)                        # (1, N, 4 z)
-    picture = autoencoder.decode(flux_chipmunk.unpatchify(x, side, side)).clamp(-1, 1)[0]
-    return Seen(attentions, mlps, layout, (picture + 1) / 2)
+    watched = {"chipmunk_attention": watched_attention} | ({"chipmunk_mlp": watched_mlp} if name == "flux" else {})
+    _, generate = draw_with([prompt] * (seed + 1), program.CONFIGS["tiny"], torch.device("cpu"))
+    with mock.patch.multiple(program, **watched):                    # every step in full, so each is dense
+        drawn, = generate(torch.tensor([seed]), Sparsity(full=1, mlp_keep=0.0, dense_layers=0))
+    return Seen(attentions, mlps, drawn)
 
 
 def probabilities(q, k):
@@ -152,7 +145,7 @@ GROUPINGS = "each row has its own columns", "128 rows share them", "128 rows sha
 
 @torch.no_grad()
 def observation():
-    pyplot, seen = load_pyplot(), watch()
+    pyplot, seen = load_pyplot(), watch("flux", PROMPT, SEED, (-4, -1, 0, 1, 4))
     curves = {}                                                      # {(part, steps apart): {grouping: (M,)}}
     for apart in 1, 4:
         found = {"attention": [], "MLP": []}
@@ -189,8 +182,9 @@ def observation():
 
 @torch.no_grad()
 def order():
-    pyplot, seen = load_pyplot(), watch()
-    layout, n = seen.layout, len(seen.layout.order)
+    pyplot, seen, config = load_pyplot(), watch("flux", PROMPT, SEED, (0, 4)), flux_chipmunk.CONFIGS["tiny"]
+    side = config.size // 16
+    layout, n = flux_chipmunk.make_layout(config.flux, side, side, config.text_length), side**2
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     orders = {"raster": torch.arange(n), "patches": layout.order, "random": shuffled}    # (N,) raster indices of tokens
     curves = {}                                                      # {(part, order): (M,)}
@@ -208,12 +202,11 @@ def order():
     columns = 0.05, 0.10, 0.165, 0.30
     print_header("share of the squared change in", *(f"{c:.1%}" for c in columns), "90% lie in")
     figure, (*pictures, axes) = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    side = math.isqrt(n)
     for (name, tokens), canvas, color in zip(orders.items(), pictures, ("#4c78a8", "#e45756", "#54a24b")):
         group = torch.empty(n, dtype=torch.long)
         group[tokens] = torch.arange(n) // GROUP                     # (N,), of each token in raster order
         group = group.view(side, side)                               # (h, w)
-        canvas.imshow(seen.picture.permute(1, 2, 0).numpy(), extent=(0, side, side, 0))
+        canvas.imshow(media.to_bytes(seen.drawn), extent=(0, side, side, 0))
         canvas.imshow(group.numpy(), extent=(0, side, side, 0), cmap="Set2", alpha=0.5)
         canvas.set(title=f"{name}: {group.max() + 1} groups of {GROUP}", xticks=[], yticks=[])
         for part, line in ("attention", "-"), ("MLP", "--"):
@@ -225,12 +218,43 @@ def order():
     save(figure, "order")
 
 
+@torch.no_grad()
+def videos():
+    pyplot = load_pyplot()
+    columns = 0.02, 0.05, 0.10, 0.165
+    print_header("share of the squared change in", *(f"{c:.1%}" for c in columns), "70% lie in", "90% lie in")
+    figure, both_axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for (name, prompt), axes in zip(VIDEOS.items(), both_axes):
+        program, seen = DRAW[name][0], watch(name, prompt, 1, (0, 4))
+        config, found = program.CONFIGS["tiny"], []
+        grid = config.frames // 4 + 1, config.height // 16, config.width // 16               # (t, h, w) in tokens
+        raster = token_order(grid, program.VOXEL).argsort()          # (N,): where the tokens stand in the model
+        for start in STARTS:
+            for before, now in zip(seen.attention[start], seen.attention[start + 4]):
+                change = attention_change(before, now)               # (1, H, N, Nk): the video's rows
+                found.append((shares(change, 1), shares(change[:, :, raster], GROUP), shares(change, GROUP),
+                              shares(change, GROUP, probabilities(*before[:2]))))
+        labels = "each row has its own columns", "128 rows in raster order share them", "128 rows of a voxel share them"
+        colors = "#4c78a8", "#f2a49f", "#e45756", "#54a24b"
+        for label, kinds, color in zip((*labels, f"{labels[2]}, chosen beforehand"), zip(*found), colors):
+            curve = torch.stack(kinds).mean(0)                       # (Nk,)
+            print_row(f"{name} tiny: {label}", *(at(curve, c) for c in columns), reaching(curve, 0.7),
+                      reaching(curve, 0.9))
+            plot_shares(axes, curve, 0.25, color=color, label=label)
+        axes.axvline(100 * config.presets["columns"].attn_keep, color="black", linewidth=0.8, linestyle=":",
+                     label="kept by preset columns")
+        axes.set(title=f"{name} tiny, attention", xlabel="% of the columns", xlim=(0, 25), ylim=(0, 101))
+    both_axes[0].set_ylabel("% of the squared change")
+    both_axes[1].legend(fontsize=8, loc="lower right")
+    save(figure, "videos")
+
+
 def plan():
     pyplot, layers = load_pyplot(), 5
     full = 1, 4, 8, 12
     sparsity = replace(flux_chipmunk.FLUX_COLUMNS, full=full, choose=2, skip=(2, 5, 7, 9, 11))
     steps = make_plan(13, sparsity)
-    times = json.loads(STEP_TIMES.read_text())
+    times = known_times("flux")
     costs = {name: {mode: seconds / found["eager"]["dense model"] for mode, seconds in found["eager"].items()}
              for name, found in times.items()}
     print_header("a step's time, the dense model's is 1", *COLORS)
@@ -375,7 +399,8 @@ def example():
 
 
 def main():
-    draw = {"observation": observation, "order": order, "plan": plan, "kernel": kernel, "example": example}
+    draw = {"observation": observation, "order": order, "videos": videos, "plan": plan, "kernel": kernel,
+            "example": example}
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="+", choices=list(draw), metavar="FIGURE", help=" | ".join(draw))
     for name in parser.parse_args().figures:

@@ -718,8 +718,8 @@ def encode_prompts(prompts, config, folder, device, dtype):
     """prompts -> T5 states (B, T, text_dim) and CLIP vectors (B, pooled_dim). Loads the encoders and frees them."""
     files = ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"]
     t5_file, vocab, _ = checkpoints.weight_files(folder, files)
-    t5_tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, t5_file)
-    clip_tokenizer = checkpoints.load_tokenizer(load_clip_tokenizer, vocab.parent)
+    t5_tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, t5_file, config.t5.vocab)
+    clip_tokenizer = checkpoints.load_tokenizer(load_clip_tokenizer, vocab.parent, config.clip.vocab)
     end = clip_tokenizer.token_to_id("<|endoftext|>")
     t5_ids, _, t5_cut = tokenize(t5_tokenizer, prompts, config.text_length, 0)   # (B, T)
     clip_ids, _, clip_cut = tokenize(clip_tokenizer, prompts, config.clip.length, end)

@@ -807,8 +807,8 @@ def encode_prompts(prompts, config, folder, device, dtype):
     frees them. They run in fp16 if the transformer runs in bf16, as the original's do."""
     files = ["tokenizer/tokenizer.json", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt"]
     llama_file, vocab, _ = checkpoints.weight_files(folder, files)
-    llama_tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, llama_file)
-    clip_tokenizer = checkpoints.load_tokenizer(load_clip_tokenizer, vocab.parent)
+    llama_tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, llama_file, config.llama.vocab)
+    clip_tokenizer = checkpoints.load_tokenizer(load_clip_tokenizer, vocab.parent, config.clip.vocab)
     end = clip_tokenizer.token_to_id("<|endoftext|>")
     texts = [config.template.format(prompt.strip()) for prompt in prompts]
     length = config.crop + config.text_length

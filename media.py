@@ -20,7 +20,7 @@ from cli import Fail
 def check_out(out, suffixes):
     """Raises Fail, before any work is done, if the file `out` cannot be written."""
     if out.suffix.lower() not in suffixes:
-        raise Fail(f"--out {out}: the name must end in {' or '.join(suffixes)}")
+        raise Fail(f"--out {out}: the name must end in {' or '.join(suffixes)}, like a{suffixes[0]}")
     if os.path.isdir(out):
         raise Fail(f"--out {out}: this is a folder")
     if not os.path.isdir(out.parent):

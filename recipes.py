@@ -34,7 +34,7 @@ def make_unigram(folder, captions, special, template):
     around = [(token, special.index(token)) for token in template.split() if token in special]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=around)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     return load_t5_tokenizer(folder / "tokenizer.json")
 
 

@@ -41,6 +41,7 @@ if not torch.cuda.is_available():
 import bench
 import checkpoints
 import cli
+import compiled as compiled_blocks
 import figures
 import flux_chipmunk
 import hunyuan_chipmunk
@@ -1875,10 +1876,13 @@ def test_python_and_the_command_line_make_the_same(call, tmp_path, name):
 
 
 @each_model
-@torch._dynamo.config.patch(recompile_limit=7)                              # torch's own is 8
+@torch._dynamo.config.patch(recompile_limit=8)                              # torch's own, back after the test
 def test_compiled_blocks_draw_the_same(call, monkeypatch, tmp_path, name):
-    """With a backend that needs no compiler. A graph break, or compiling a kind of block an eighth time, fails."""
+    """With a backend that needs no compiler. A graph break fails, and compiling a block more often than is allowed: for
+    one size of picture seven times."""
     program, compiled, compile = PROGRAMS[name], [], nn.Module.compile
+    allowed = compiled_blocks.KINDS
+    monkeypatch.setattr(compiled_blocks, "KINDS", 7)
 
     def compile_and_note(module, **options):
         compiled.append(module)
@@ -1899,8 +1903,11 @@ def test_compiled_blocks_draw_the_same(call, monkeypatch, tmp_path, name):
              "hunyuan": ("dual_blocks", "single_blocks", "refiner_blocks")}[name]
     blocks = sum(getattr(config, kind) for kind in kinds)
     assert len(compiled) == blocks
-    program.generate(PROMPT, device="cpu", compile=True, **SHORT[name] | {"steps": 1})
-    assert len(compiled) == 2 * blocks
+    monkeypatch.setattr(compiled_blocks, "KINDS", allowed)
+    for width in 64, 80, 96, 112:
+        settings = SHORT[name] | {"steps": 12, "width": width, "preset": "columns"}
+        program.generate(PROMPT, device="cpu", compile=True, **settings)
+    assert len(compiled) == 5 * blocks
 
 
 def test_the_clock_stands_still_while_something_is_compiled():
@@ -2017,12 +2024,23 @@ def test_bad_flags_end_in_one_line(call, monkeypatch, tmp_path, name, settings, 
     ({"frames": 0}, "from 1 to 1001"), ({"frames": 16}, "4 n + 1, like 13 or 17"), ({"seed": 1.5}, "seed 1.5"),
     ({"seed": None}, "seed None is not a whole number"),
     ({"guidance": math.nan}, "guidance nan is not a number"), ({"prompt": " "}, "no prompt"),
+    ({"seed": True}, "seed True is not a whole number"), ({"steps": np.float64(2)}, "is not a whole number"),
     ({"prompt": 5}, "not text"), ({"weights": "nowhere"}, "no folder nowhere"), ({"weights": ""}, "--weights is empty"),
+    ({"weights": 3.5}, "weights 3.5 is not a path"), ({"dense": "no"}, "dense 'no' is not True or False"),
+    ({"compile": 1}, "compile 1 is not True or False"),
     ({"sparsity": "pooled"}, "not a plan.Sparsity"), ({"sparsity": Sparsity(skip=(50,))}, "no step 50"),
     ({"sparsity": Sparsity(full=(1, 99))}, "no step 99")])
 def test_python_raises_what_the_command_line_says(settings, says):
     with pytest.raises(cli.Fail, match=re.escape(says)):
         wan_chipmunk.generate(**{"prompt": PROMPT, "device": "cpu"} | settings)
+
+
+def test_numbers_may_be_numpys():
+    given = {"seed": np.int64(3), "steps": np.int32(9), "guidance": np.float32(3.5), "width": np.uint16(128)}
+    filled = cli.fill(cli.Settings(device="cpu", **given), flux_chipmunk.CONFIGS)
+    plain = cli.Settings(device="cpu", seed=3, steps=9, guidance=3.5, width=128)
+    assert filled == cli.fill(plain, flux_chipmunk.CONFIGS)
+    assert [type(getattr(filled, name)) for name in given] == [int, int, float, int]
 
 
 @each_model
@@ -2065,7 +2083,12 @@ def test_bad_weights_are_named(call, tmp_path, name):
     save_file(tensors | {bias: torch.zeros(3)}, folder / autoencoder)
     assert f"{bias} is [3], not {list(tensors[bias].shape)}" in error()
     shutil.copy(HERE / config.weights / autoencoder, folder / autoencoder)
-    next(folder.rglob("tokenizer.json")).write_text("{")
+    file = next(folder.rglob("tokenizer.json"))
+    others = json.loads(file.read_text())
+    others["model"]["vocab"] += [[f"another {i}", -20.0] for i in range(500)]
+    file.write_text(json.dumps(others))
+    assert re.search(r"tokenizer.json has \d+ tokens, but the model knows \d+: it is another model's", error())
+    file.write_text("{")
     assert "tokenizer.json is no tokenizer that can be read" in error()
 
 
@@ -2290,14 +2313,14 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
         with torch.enable_grad():
             train_tiny.train(replace(recipe, stages=stages), folder, work, CPU)
         return {part: (folder / file).read_bytes() for part, file in recipe.files.items()}
-    whole, save = train(tmp_path / "whole"), train_tiny.save_atomically
+    whole, save = train(tmp_path / "whole"), train_tiny.save_checkpoint
     shutil.rmtree(folder)
 
     def save_and_stop(values, file):
         save(values, file)
         if "step" in values and values["step"] == 1:
             raise KeyboardInterrupt
-    monkeypatch.setattr(train_tiny, "save_atomically", save_and_stop)
+    monkeypatch.setattr(train_tiny, "save_checkpoint", save_and_stop)
     for _ in stages:                                                        # each run ends in a stage of its own
         with pytest.raises(KeyboardInterrupt):
             train(work)
@@ -2338,6 +2361,28 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
     title, _, *rows, _, _ = table("caching", "--steps", "4")
     assert "4 dense steps, some repeated" in title and any(row.startswith("| 2.0x | the first ") for row in rows)
     assert bench.skipping_plans(4, 2.0)[1, 2] == (1, 3) and bench.skipping_plans(50, 2.75)[2, 3][:4] == (2, 3, 5, 6)
+
+
+@pytest.mark.parametrize("kept, says", [(None, "cannot read"), ('{"flux": ', "cannot read"),
+                                        ('{"wan": {}}', "no times of flux: python bench.py speed --model flux writes")])
+def test_a_table_without_step_times_says_how_to_get_them(monkeypatch, tmp_path, kept, says):
+    monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "step_times.json")
+    if kept:
+        bench.STEP_TIMES.write_text(kept)
+    with pytest.raises(cli.Fail, match=says):
+        bench.known_times("flux")
+
+
+def test_a_checkpoint_that_cannot_be_read_or_written_ends_in_one_line(tmp_path):
+    for damaged in b"", b"junk", b"PK\x03\x04" + bytes(99):
+        (tmp_path / "a.pt").write_bytes(damaged)
+        with pytest.raises(cli.Fail, match="a.pt .*; delete it, and run again"):
+            train_tiny.load_checkpoint(tmp_path / "a.pt", CPU)
+    with pytest.raises(cli.Fail, match="cannot write .*b.pt: .*run again to go on"):
+        train_tiny.write(tmp_path / "b.pt", failing(RuntimeError("[enforce fail at inline_container.cc:672] . pos")))
+    train_tiny.save_checkpoint({"step": 3}, tmp_path / "a.pt")
+    assert train_tiny.load_checkpoint(tmp_path / "a.pt", CPU) == {"step": 3}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
 @each_model
@@ -2530,6 +2575,16 @@ def test_a_missing_compiler_is_said(call, monkeypatch, tmp_path, error, advice):
     monkeypatch.setattr(flux_chipmunk, "sample", failing(error))
     outcome = call("flux", "--dense", out=tmp_path / "a.png", **SHORT["flux"])
     assert advice in error_of(outcome) and len(outcome[2]) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error, line", [
+    (PermissionError(13, "Permission denied", "/a/b"), "error: Permission denied: /a/b"),
+    (OSError(28, "No space left on device"), "error: No space left on device")])
+def test_what_the_system_refuses_is_said_in_one_line(error, line):
+    with pytest.raises(SystemExit, match=f"^{line}$"):
+        cli.run(failing(error))
+    with pytest.raises(OSError, match="a library's own"):                   # of no system: a fault of ours
+        cli.run(failing(OSError("a library's own")))
 
 
 @pytest.mark.parametrize("users", [None, "backend:native"])
@@ -3605,10 +3660,11 @@ def test_method_page_shows_what_figures_prints_and_its_slow_lines_are_the_defini
 def test_figures_are_drawn_and_their_shares_are_right(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(figures, "FIGURES", tmp_path)
     pytest.importorskip("matplotlib")
-    small = replace(flux_chipmunk.CONFIGS["tiny"], size=256)
-    monkeypatch.setitem(flux_chipmunk.CONFIGS, "tiny", small)
-    monkeypatch.setattr(figures, "STARTS", (5,))                            # 10 of 50 steps
-    monkeypatch.setattr(sys, "argv", ["figures.py", "observation", "order", "plan", "kernel"])
+    for name, program in PROGRAMS.items():
+        small = {"size": 256} if name == "flux" else {"width": 128, "height": 128, "frames": 5}
+        monkeypatch.setitem(program.CONFIGS, "tiny", replace(program.CONFIGS["tiny"], steps=10, **small))
+    monkeypatch.setattr(figures, "STARTS", (5,))
+    monkeypatch.setattr(sys, "argv", ["figures.py", "observation", "order", "videos", "plan", "kernel"])
     figures.main()
     for name in sys.argv[1:]:
         assert Image.open(tmp_path / f"{name}.png").width > 500 and (tmp_path / f"{name}.png").stat().st_size < 300_000
@@ -3617,9 +3673,10 @@ def test_figures_are_drawn_and_their_shares_are_right(monkeypatch, tmp_path, cap
     with monkeypatch.context() as broken, pytest.raises(cli.Fail, match="cannot write .*plan.png: full"):
         broken.setattr(Image.Image, "save", lambda *_, **options: (_ for _ in ()).throw(OSError("full")))
         figures.save(SimpleNamespace(savefig=lambda file, **options: file.write(drawn)), "plan")
-    assert (tmp_path / "plan.png").read_bytes() == drawn and len([*tmp_path.iterdir()]) == 4
+    assert (tmp_path / "plan.png").read_bytes() == drawn and len([*tmp_path.iterdir()]) == 5
     printed, page = capsys.readouterr().out, (HERE / "method.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^\| (?:attention|MLP)", printed, re.MULTILINE)) == 18
+    assert len(re.findall(r"^\| (?:wan|hunyuan) tiny: ", printed, re.MULTILINE)) == 8
     said = re.search(r"13 steps take [\d.]+ of the dense model's time", printed)[0]
     assert said in page
 

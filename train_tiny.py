@@ -35,10 +35,12 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+import checkpoints
 import cli
 import media
 import scenes
@@ -120,7 +122,7 @@ def train_stage(stage, model, make_loss, draw_sheet, work, began, device):
     optimizers = make_optimizers(model)
     first = 0
     if file.exists():
-        saved = torch.load(file, map_location=device, weights_only=True)
+        saved = load_checkpoint(file, device)
         if saved["stage"] != repr(stage):
             raise cli.Fail(f"{file} is of another recipe; delete {work} to train from nothing")
         first, began = saved["step"], time.monotonic() - saved["seconds"]
@@ -150,17 +152,36 @@ def train_stage(stage, model, make_loss, draw_sheet, work, began, device):
             media.write_png(work / f"{stage.name}, {finished} steps.png", *draw_sheet(ema))
         if finished == stage.steps or time.monotonic() - written > CHECKPOINT_SECONDS:
             written = time.monotonic()
-            save_atomically({"stage": repr(stage), "step": finished, "seconds": written - began,
+            save_checkpoint({"stage": repr(stage), "step": finished, "seconds": written - began,
                              "model": model.state_dict(), "ema": ema.state_dict(),
                              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
     model.load_state_dict(ema.state_dict())
     return began
 
 
-def save_atomically(values, file):
-    """Whole or not at all: a file that a run finds is one that it can read."""
-    torch.save(values, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
+def write(file, save):
+    """save(temporary name), and only then is it `file`: what a run finds is complete. Raises Fail if that fails."""
+    try:
+        media.write_whole(file, False, save)
+    except (RuntimeError, SafetensorError) as error:                 # so torch and safetensors say that a disk is full
+        if cli.out_of_memory(error):
+            raise
+        raise cli.Fail(f"cannot write {file}: {checkpoints.reason(error)}; is the disk full? What was written before "
+                       "is kept: run again to go on") from None
+
+
+def save_checkpoint(values, file):
+    write(file, lambda temporary: torch.save(values, temporary))
+
+
+def load_checkpoint(file, device):
+    """What save_checkpoint saved. Raises Fail if it cannot be read."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:                                       # torch raises nothing narrower
+        if cli.out_of_memory(error):
+            raise
+        raise cli.Fail(f"cannot read {file} ({checkpoints.reason(error)}); delete it, and run again") from None
 
 
 def half_precision(device):
@@ -289,8 +310,8 @@ def cache_latents(recipe, autoencoder, stage, work, device):
                 plain = plain[:, :, ::4]                                         # the last frame of each latent
             outlines.append(to_bytes(plain.movedim((1, -3, -1), (-3, -2, -1)).flatten(-3).flatten(1, -2)))
             captions += [scene.caption for scene in some]
-        save_atomically((torch.cat(latents), torch.cat(outlines), captions), file)
-    return torch.load(file, map_location=device, weights_only=True)
+        save_checkpoint((torch.cat(latents), torch.cat(outlines), captions), file)
+    return load_checkpoint(file, device)
 
 # ---------------------------------------------------------------------------------------------------------
 # the transformer
@@ -395,7 +416,8 @@ def flow_stage(recipe, painters, autoencoder, stage, read, held_out, work, devic
 
 def save(module, file):
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().half().contiguous().cpu() for name, p in module.state_dict().items()}, file)
+    weights = {name: p.detach().half().contiguous().cpu() for name, p in module.state_dict().items()}
+    write(file, lambda temporary: save_file(weights, temporary))
 
 
 def train(recipe, folder, work, device):
@@ -424,7 +446,10 @@ def train(recipe, folder, work, device):
         began = train_stage(stage, model, make_loss, draw_sheet, work, began, device)
         for part in trained.keys() & recipe.files.keys():
             save(trained[part], weights / recipe.files[part])
-    shutil.copytree(weights, folder, dirs_exist_ok=True)
+    try:
+        shutil.copytree(weights, folder, dirs_exist_ok=True)
+    except OSError as error:
+        raise cli.Fail(f"cannot copy {weights} to {folder} ({checkpoints.reason(error)}); copy it there") from None
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     cli.say(f"{folder}: trained in {(time.monotonic() - began) / 60:.1f} minutes on {where}, torch {torch.__version__}")
 

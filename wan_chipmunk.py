@@ -694,7 +694,7 @@ def clean(prompt):
 def encode_prompts(prompts, config, folder, device, dtype):
     """prompts -> UMT5 states (B, L, text_dim), zero at the padding. Loads the encoder and frees it."""
     file, = checkpoints.weight_files(folder, ["tokenizer/tokenizer.json"])
-    tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, file)
+    tokenizer = checkpoints.load_tokenizer(load_t5_tokenizer, file, config.umt5.vocab)
     prompts = [clean(prompt) for prompt in prompts]
     ids, mask, cut = tokenize(tokenizer, prompts, config.text_length, 0)                         # (B, L)
     if max(cut):

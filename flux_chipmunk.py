@@ -705,9 +705,7 @@ def check(prompt, settings, folder, ranks):
     for part in "t5", "clip":
         checkpoints.check_memory(parts(config)[part], dtype, settings.device)
     need, placement = memory.place(find_need, settings, ranks)
-    latents = torch.empty(1, config.autoencoder.z, settings.height // 8, settings.width // 8, device="meta")
-    memory.check_decoder(parts(config)["autoencoder"], latents, lambda autoencoder, z: autoencoder.decode(z),
-                         settings.device)
+    memory.check_decoder(find_decoder_need(settings), settings.device)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, *part_files(part, config, folder))
     memory.say(need, placement, settings.device)
@@ -752,6 +750,13 @@ def part_files(part, config, folder):
         return checkpoints.weight_files(folder, config.files[part]), checkpoints.as_named
     layout = transformer_layout if part == "flux" else autoencoder_layout(len(config.autoencoder.multipliers))
     return checkpoints.sharded_files(folder, theirs), layout
+
+
+def find_decoder_need(settings):
+    """What decoding needs, in bytes."""
+    config = CONFIGS[settings.model]
+    latents = torch.empty(1, config.autoencoder.z, settings.height // 8, settings.width // 8, device="meta")
+    return memory.decoder_bytes(parts(config)["autoencoder"], latents, lambda autoencoder, z: autoencoder.decode(z))
 
 
 def find_need(settings, ranks=None):
@@ -802,7 +807,7 @@ def main():
     parser, chipmunk = cli.make_parser(__doc__, CONFIGS)
     chipmunk.add_argument("--mlp-keys", type=cli.number(float, 0, 1), metavar="SHARE",
                           help="MLP columns recomputed at a sparse step, 0 to 1; 0 leaves the MLP dense")
-    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, settings))
+    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, find_decoder_need, settings))
     out = args.out or Path("flux.png")
     ranks = parallel.start(settings.device, CONFIGS[settings.model].flux.heads)
     if ranks is None or ranks.first:                                 # who writes

@@ -786,9 +786,7 @@ def check(prompt, settings, folder, ranks):
     for part in "llama", "clip":
         checkpoints.check_memory(parts(config)[part], dtype, settings.device)
     need, placement = memory.place(find_need, settings, ranks)
-    shape = 1, config.vae.z, settings.frames // 4 + 1, settings.height // 8, settings.width // 8
-    latents = torch.empty(shape, dtype=vae_dtype(settings), device="meta")
-    memory.check_decoder(parts(config)["vae"], latents, lambda vae, z: next(vae.decode_pieces(z)), settings.device)
+    memory.check_decoder(find_decoder_need(settings), settings.device)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
     memory.say(need, placement, settings.device)
@@ -838,6 +836,14 @@ def load_part(part, config, folder, device, dtype):
     return checkpoints.load_weights(parts(config)[part], files, device, dtype)
 
 
+def find_decoder_need(settings):
+    """What decoding needs, in bytes."""
+    config = CONFIGS[settings.model]
+    shape = 1, config.vae.z, settings.frames // 4 + 1, settings.height // 8, settings.width // 8
+    latents = torch.empty(shape, dtype=vae_dtype(settings), device="meta")
+    return memory.decoder_bytes(parts(config)["vae"], latents, lambda vae, z: next(vae.decode_pieces(z)))
+
+
 def find_need(settings, ranks=None):
     """What denoising needs. -> memory.Need"""
     config, sparsity, dtype = CONFIGS[settings.model].hunyuan, settings.sparsity, settings.dtype
@@ -878,7 +884,7 @@ def work_done(config, n_video, n_text, plan, state):
 
 def main():
     parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
-    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, settings))
+    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, find_decoder_need, settings))
     suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
     out = args.out or Path("hunyuan" + suffixes[0])
     ranks = parallel.start(settings.device, CONFIGS[settings.model].hunyuan.heads)

@@ -157,13 +157,17 @@ def find_need(model, blocks, kinds, sparsity, state, share, forward, branches=1)
     return Need(weights, weight_bytes(model) - sum(weights), caches, others, activations, branches)
 
 
-def check_decoder(make, latents, decode, device):
-    """Raises Fail if the decoder, which works last and alone, does not fit. make() -> it; latents: without data, in its
-    precision; decode(decoder, latents) makes as much of the result as is there at a time."""
+def decoder_bytes(make, latents, decode):
+    """Bytes that the decoder takes, which works last and alone. make() -> it; latents: without data, in its precision;
+    decode(decoder, latents) makes as much of the result as is there at a time."""
     with torch.device("meta"):
         decoder = make().to(latents.dtype)
-    need = MARGIN * (weight_bytes(decoder) + rehearse(lambda: decode(decoder, latents)))
-    free = checkpoints.free_memory(device)
+    return weight_bytes(decoder) + rehearse(lambda: decode(decoder, latents))
+
+
+def check_decoder(size, device):
+    """Raises Fail if a decoder that takes so many bytes does not fit."""
+    need, free = MARGIN * size, checkpoints.free_memory(device)
     if need > free:
         raise cli.Fail(f"{device} has {gigabytes(free)} free, but the decoder needs {gigabytes(need)} at this size; "
                        "a smaller --width and --height helps")
@@ -259,14 +263,15 @@ def describe(need, placement):
             for name, (here, away) in parts.items()]
 
 
-def show(find_need, settings):
-    """Print what denoising needs, and where it would go; or that it does not fit."""
+def show(find_need, find_decoder_need, settings):
+    """Print what denoising needs, and where it would go, or that it does not fit; then what decoding needs."""
     try:
         need, placement = place(find_need, settings)
     except cli.Fail as problem:
         return cli.say(f"\n{problem}")
     cli.say("\n".join(["", *describe(need, placement),
-                       f"at most {gigabytes(need.on_gpu(placement))} of {settings.device} at a time"]))
+                       f"at most {gigabytes(need.on_gpu(placement))} of {settings.device} at a time",
+                       f"then decoding: {gigabytes(find_decoder_need(settings))}"]))
 
 
 def say(need, placement, device):

@@ -1962,7 +1962,8 @@ def test_show_plan_prints_what_every_step_does(call):
     plan, need = printed.split("\n\n")
     lines = plan.splitlines()
     assert status == 0 and len(lines) == 13 and "measure" in lines[2] and "skip" in lines[6]
-    assert re.fullmatch(r"weights .* GB\ncaches .* GB\nactivations .* GB\nat most .* GB of cpu at a time\n", need)
+    assert re.fullmatch(r"weights .* GB\ncaches .* GB\nactivations .* GB\nat most .* GB of cpu at a time\n"
+                        r"then decoding: .* GB\n", need)
 
 
 def test_the_picture_says_what_the_prompt_says():
@@ -3016,7 +3017,7 @@ def test_too_little_memory_names_what_fits(call, monkeypatch):
     assert "cpu has 0.06 GB free, but this needs 0.0" in error and "--preset balanced or --width 352" in error
     width = int(re.search(r"--width (\d+)", error)[1])
     status, said, _ = call("flux", "--show-plan", **flags | {"width": width, "height": width})
-    assert status == 0 and said.splitlines()[-1].startswith("at most")
+    assert status == 0 and re.search(r"\nat most [\d.]+ GB of cpu at a time\nthen decoding: [\d.]+ GB\n$", said)
 
 
 @pytest.fixture

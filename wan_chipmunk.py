@@ -677,9 +677,7 @@ def check(prompt, settings, folder, ranks):
     cli.check_prompt(prompt, settings.negative_prompt)
     checkpoints.check_memory(parts(config)["umt5"], dtype, settings.device)
     need, placement = memory.place(find_need, settings, ranks)
-    frames = min(settings.frames // 4 + 1, 3)                        # of latents: then every piece is alike
-    latents = torch.empty(1, config.wan.channels, frames, settings.height // 8, settings.width // 8, device="meta")
-    memory.check_decoder(parts(config)["vae"], latents, lambda vae, z: list(vae.decode_pieces(z)), settings.device)
+    memory.check_decoder(find_decoder_need(settings), settings.device)
     for part, make in parts(config).items():
         checkpoints.check_weights(make, checkpoints.sharded_files(folder, FILES[part]))
     memory.say(need, placement, settings.device)
@@ -714,6 +712,13 @@ def load_part(part, config, folder, device, dtype):
     float32 = Wan.FLOAT32 if part == "wan" else ()
     files = checkpoints.sharded_files(folder, FILES[part])
     return checkpoints.load_weights(parts(config)[part], files, device, dtype, float32)
+
+
+def find_decoder_need(settings):
+    """What decoding needs, in bytes."""
+    config, frames = CONFIGS[settings.model], min(settings.frames // 4 + 1, 3)       # of latents: then pieces are alike
+    latents = torch.empty(1, config.wan.channels, frames, settings.height // 8, settings.width // 8, device="meta")
+    return memory.decoder_bytes(parts(config)["vae"], latents, lambda vae, z: list(vae.decode_pieces(z)))
 
 
 def find_need(settings, ranks=None):
@@ -759,7 +764,7 @@ def work_done(config, tokens, text_length, plan, states):
 def main():
     parser, _ = cli.make_parser(__doc__, CONFIGS, video=True)
     parser.add_argument("--negative-prompt", help="what to keep away from (default: the model's)")
-    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, settings))
+    args, settings = cli.parse(parser, CONFIGS, lambda settings: memory.show(find_need, find_decoder_need, settings))
     suffixes = (".mp4", ".png") if settings.frames > 1 else (".png",)
     out = args.out or Path("wan" + suffixes[0])
     ranks = parallel.start(settings.device, CONFIGS[settings.model].wan.heads, branches=2)

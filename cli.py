@@ -120,6 +120,8 @@ def run(main):
     if sys.stderr is None:                                           # closed; progress bars want one
         sys.stderr = open(os.devnull, "w")
     at_ctrl_c(signal.default_int_handler)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:                      # torchrun's are deaf while they wait for others
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # after every `finally`: nothing stays half-written
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")      # else tenths of a GPU lie in gaps
     try:
         main()

@@ -2824,8 +2824,8 @@ PHASES = {"load": ("flux", "checkpoints.safe_open = wait"), "sampling": ("hunyua
           "writing": ("flux", "media.to_image = lambda picture: namedtuple('Image', 'save')(half)")}
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path, phase):
+@pytest.mark.parametrize("phase, sent", [*((phase, signal.SIGINT) for phase in PHASES), ("writing", signal.SIGTERM)])
+def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tmp_path, phase, sent):
     name, patch = PHASES[phase]
     out = tmp_path / ("a.png" if name == "flux" else "a.mp4")
     settings = SHORT[name] | {"steps": 1000 if phase == "sampling" else 1}
@@ -2850,7 +2850,11 @@ cli.run(program.main)
     run = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            text=True, preexec_fn=listen)
     assert run.stdout.readline() == "here\n", run.stderr.read()
-    interrupt(run, tmp_path)
+    if sent == signal.SIGTERM:
+        run.send_signal(sent)
+        assert "Traceback" not in run.communicate()[1] and run.returncode == 143 and not list(tmp_path.iterdir())
+    else:
+        interrupt(run, tmp_path)
 
 
 def listen():

@@ -841,7 +841,11 @@ def find_decoder_need(settings):
     config = CONFIGS[settings.model]
     shape = 1, config.vae.z, settings.frames // 4 + 1, settings.height // 8, settings.width // 8
     latents = torch.empty(shape, dtype=vae_dtype(settings), device="meta")
-    return memory.decoder_bytes(parts(config)["vae"], latents, lambda vae, z: next(vae.decode_pieces(z)))
+
+    def run(vae, z):
+        for piece in islice(vae.decode_pieces(z), 2):                # beside the second lives the first; so on
+            piece.float().clamp(-1, 1)
+    return memory.decoder_bytes(parts(config)["vae"], latents, run)
 
 
 def find_need(settings, ranks=None):

@@ -462,29 +462,31 @@ def _hash(seed: int, group: Tensor, column: Tensor) -> Tensor:
 
 def choose_columns_ref(mass: Tensor, keep: float, random: float, static: Tensor | None, seed: int,
                        static_most: int) -> tuple[Tensor, Tensor]:
-    G, N = mass.shape[-2:]
+    N = mass.shape[-1]
     top, K = _list_sizes(N, keep, random, static_most)
-    group = torch.arange(G, device=mass.device)[:, None]                          # (G, 1)
     column = torch.arange(N, device=mass.device)                                  # (N,)
-
-    unranked = _hash(seed, group, column) < round(random * 2 ** 24)               # (G, N): listed whatever their mass
-    if static is not None:
-        unranked = unranked | static
-    chosen = unranked.expand(mass.shape)                                          # (..., G, N)
-    if top > 0:
-        threshold = mass.topk(top, sorted=True).values[..., -1:]                  # (..., G, 1)
-        above = mass > threshold                                                  # (..., G, N)
-        tied = (mass == threshold) & ~unranked
-        ties_wanted = top - above.sum(-1, keepdim=True)                           # (..., G, 1)
-        chosen = unranked | above | tied & (tied.cumsum(-1) <= ties_wanted)       # (..., G, N)
-
-    so_far = chosen.cumsum(-1)                                                    # (..., G, N)
-    slot = torch.where(chosen, so_far - 1, K).clamp(max=K)                        # K: an extra slot, cut off below
-    columns = torch.zeros(*mass.shape[:-1], K + 1, dtype=torch.int32, device=mass.device)
-    columns.scatter_(-1, slot, (column % PAGE).to(torch.int32).expand(mass.shape))
     page_ends = torch.arange(PAGE, N + PAGE, PAGE, device=mass.device).clamp(max=N)    # (P,)
-    counts = so_far[..., page_ends - 1].clamp(max=K).to(torch.int32)              # (..., G, P)
-    return columns[..., :K].to(torch.uint16), counts                              # (..., G, K)
+    groups = []
+    for g, mass_g in enumerate(mass.unbind(-2)):                                  # (..., N)
+        unranked = _hash(seed, g, column) < round(random * 2 ** 24)               # (N,): listed whatever their mass
+        if static is not None:
+            unranked = unranked | (static[g] if static.dim() > 1 else static)
+        chosen = unranked.expand(mass_g.shape)                                    # (..., N)
+        if top > 0:
+            threshold = mass_g.topk(top, sorted=True).values[..., -1:]            # (..., 1)
+            above = mass_g > threshold                                            # (..., N)
+            tied = (mass_g == threshold) & ~unranked
+            ties_wanted = top - above.sum(-1, keepdim=True)                       # (..., 1)
+            chosen = unranked | above | tied & (tied.cumsum(-1) <= ties_wanted)   # (..., N)
+
+        so_far = chosen.cumsum(-1)                                                # (..., N)
+        slot = torch.where(chosen, so_far - 1, K).clamp(max=K)                    # K: an extra slot, cut off below
+        columns = torch.zeros(*mass_g.shape[:-1], K + 1, dtype=torch.int32, device=mass.device)
+        columns.scatter_(-1, slot, (column % PAGE).to(torch.int32).expand(mass_g.shape))
+        counts = so_far[..., page_ends - 1].clamp(max=K).to(torch.int32)          # (..., P)
+        groups.append((columns[..., :K].to(torch.uint16), counts))                # (..., K)
+    columns, counts = (torch.stack(parts, -2) for parts in zip(*groups, strict=True))
+    return columns, counts                                                        # (..., G, K), (..., G, P)
 
 
 @_jit
@@ -736,24 +738,21 @@ def column_sparse_attention(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, co
 def column_sparse_attention_ref(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor, base: Tensor,
                                 sign: float, k_mean: Tensor | None = None, v_mean: Tensor | None = None,
                                 unlisted: Tensor | None = None) -> Tensor:
-    (B, H, Nq, D), Nk = q.shape, k.shape[2]
+    (B, H, _, D), Nk = q.shape, k.shape[2]
     index, in_list = listed_columns(columns[..., :max(1, int(counts.max()))], counts)  # (B, H, G, K) each
-    head = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
-    index = torch.where(in_list, index, Nk) + head * (Nk + 1)                     # Nk: a row of zeros, for padding
-
-    def gather(x):
-        rows = F.pad(x, (0, 0, 0, 1)).reshape(-1, D)                              # (B H (Nk + 1), D)
-        return rows.index_select(0, index.flatten()).view(*index.shape, D)        # (B, H, G, K, D)
-
-    q_g = F.pad(q, (0, 0, 0, -Nq % GROUP)).unflatten(2, (-1, GROUP))              # (B, H, G, GROUP, D)
-    k_S, v_S = gather(k), gather(v)                                               # (B, H, G, K, D)
-    bias = torch.where(in_list, 0.0, -torch.inf)                                  # (B, H, G, K)
-    if unlisted is not None:                                                      # M more columns, the blocks' means
-        k_S, v_S = (torch.cat([x, mean[:, :, None].expand(-1, -1, x.shape[2], -1, -1)], 3)
-                    for x, mean in ((k_S, k_mean), (v_S, v_mean)))                # (B, H, G, K + M, D)
-        bias = torch.cat([bias, unlisted.to(bias.dtype).log()], -1)               # (B, H, G, K + M)
-    o_S = _softmax(q_g, k_S, v_S, bias[..., None, :])[0]                          # (B, H, G, GROUP, D)
-    return (base + sign * o_S.flatten(2, 3)[:, :, :Nq]).to(q.dtype).contiguous()  # (B, H, Nq, D)
+    head = torch.arange(B * H, device=q.device).view(B, H, 1)
+    k_rows, v_rows = F.pad(torch.stack([k, v]), (0, 0, 0, 1)).view(2, -1, D)      # (B H (Nk + 1), D) each
+    groups = []
+    for g, q_g in enumerate(q.split(GROUP, 2)):                                   # (B, H, rows, D)
+        listed = in_list[:, :, g]                                                 # (B, H, K)
+        S = torch.where(listed, index[:, :, g], Nk) + head * (Nk + 1)             # Nk: a row of zeros, for padding
+        k_S, v_S = (rows.index_select(0, S.flatten()).view(*S.shape, D) for rows in (k_rows, v_rows))
+        bias = torch.where(listed, 0.0, -torch.inf)                               # (B, H, K)
+        if unlisted is not None:                                                  # M more columns, the blocks' means
+            k_S, v_S = torch.cat([k_S, k_mean], 2), torch.cat([v_S, v_mean], 2)   # (B, H, K + M, D) each
+            bias = torch.cat([bias, unlisted[:, :, g].to(bias.dtype).log()], -1)  # (B, H, K + M)
+        groups.append(_softmax(q_g, k_S, v_S, bias[:, :, None])[0])               # (B, H, rows, D)
+    return (base + sign * torch.cat(groups, 2)).to(q.dtype).contiguous()          # (B, H, Nq, D)
 
 
 @_jit

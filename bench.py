@@ -532,14 +532,16 @@ def real_model(args):
     if name not in program.CONFIGS:
         raise cli.Fail(f"no --size {name!r} of {args.model}; choose from {', '.join(program.CONFIGS)}")
     config = program.CONFIGS[name]
+    if config.steps < 8:
+        raise cli.Fail(f"{name} takes {config.steps} steps, too few to see every kind; dev's steps take as long")
     return name, replace(config, frames=args.frames) if args.frames else config, device
 
 
-def place(args, name, config, device, ranks=None):
-    """Where a real model goes; says what was estimated. -> memory.Placement"""
+def place(args, name, config, device, preset, ranks=None):
+    """Where a real model goes, for a preset's steps; says what was estimated. -> memory.Placement"""
     program = REAL[args.model][0]
     settings = cli.Settings(model=name, frames=getattr(config, "frames", None), device=device, dtype="bfloat16",
-                            preset=args.preset, offload=args.offload)
+                            preset=preset, offload=args.offload)
     need, placement = memory.place(program.find_need, cli.fill(settings, program.CONFIGS), ranks)
     cli.say(f"estimated: {', '.join(memory.describe(need, placement))}; "
             f"at most {memory.gigabytes(need.on_gpu(placement))} of the GPU\n")
@@ -552,7 +554,7 @@ def speed(args):
         config = replace(config, frames=33)                          # soon measured
     heads = getattr(config, args.model).heads
     ranks = parallel.start(device, heads, branches=2 if args.model == "wan" else 1)
-    placement = place(args, name, config, device, ranks)
+    placement = place(args, name, config, device, "columns", ranks)      # whose steps are timed
     torch.manual_seed(0)                                             # the same weights in all processes
     model, ways = speed_table(args.model, name, config, device, ranks, placement)
     if ranks is None and not (args.frames or args.size or args.offload or args.memory):         # as the README has them
@@ -562,7 +564,8 @@ def speed(args):
 
 def whole(args):
     name, config, device = real_model(args)
-    model, times = whole_table(args.model, name, config, args.preset, device, place(args, name, config, device))
+    placement = place(args, name, config, device, args.preset)
+    model, times = whole_table(args.model, name, config, args.preset, device, placement)
     if times.keys() >= set(MODES) and not (args.frames or args.size or args.offload):
         note_times(f"{args.model} whole", model, {"eager": {"dense model": times["dense"]} | times}, device)
 

@@ -288,14 +288,14 @@ def check_memory(make_model, dtype, device):
 
 
 def free_memory(device):
-    """Bytes that can be allocated on a device."""
+    """Bytes that can be allocated on a device; of the host's memory the share of one of torchrun's processes."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         free, total = torch.cuda.mem_get_info(index)
         used = torch.cuda.memory_allocated(index)
         free += torch.cuda.memory_reserved(index) - used             # what torch keeps for its next tensors
         return min(free, int(torch.cuda.get_per_process_memory_fraction(index) * total) - used)
-    return min(psutil.virtual_memory().available, cgroup_memory())
+    return min(psutil.virtual_memory().available, cgroup_memory()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def cgroup_memory(root=Path("/")):

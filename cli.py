@@ -215,7 +215,7 @@ def fill(settings, configs):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = pick_device(device)
     small = settings.model == "tiny" and device.type == "cpu"
-    dtype = settings.dtype or ("float32" if small else "bfloat16")
+    dtype = ("float32" if small else "bfloat16") if settings.dtype is None else settings.dtype
     if isinstance(dtype, str):
         dtype = DTYPES.get(dtype, dtype)
     if dtype not in DTYPES.values():
@@ -308,7 +308,7 @@ def check_prompt(prompt, negative_prompt=None):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {' '.join(message.split())}; see --help\n")
 
     def print_help(self, file=None):                                 # argparse's hides that it cannot
         say(self.format_help().rstrip())

@@ -9,7 +9,6 @@ PeakBytes counts. What stays on the GPU and what lives on the host (offload.py) 
 
 The first that fits is taken: all stays; all weights and most caches; no caches and most weights.
 """
-import os
 import weakref
 from bisect import bisect
 from dataclasses import dataclass, replace
@@ -210,15 +209,13 @@ def place(find_need, settings, ranks=None):
     """Choose what stays on the GPU. find_need(settings, ranks) -> Need. -> Need, Placement
     Raises Fail, with the numbers and what would fit, if there is too little memory."""
     gpu, host = checkpoints.free_memory(settings.device), checkpoints.free_memory(torch.device("cpu"))
-    if ranks:                                                        # processes of one machine share its memory
-        host /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    offload = settings.offload
-    if settings.device.type == "cpu":                                # nothing is gained if nobody asks
-        offload = offload or "none"
+
+    def where(settings):                                             # on a CPU nothing is gained if nobody asks
+        return settings.offload or ("none" if settings.device.type == "cpu" else None)
 
     def fits(settings):
-        return choose(find_need(settings, ranks), gpu, host, offload) is not None
-    need = find_need(settings, ranks)
+        return choose(find_need(settings, ranks), gpu, host, where(settings)) is not None
+    need, offload = find_need(settings, ranks), where(settings)
     placement = choose(need, gpu, host, offload)
     if placement is not None:
         return need, placement
@@ -236,12 +233,15 @@ def advice(settings, fits):
     without_caches = {"--preset balanced": replace(sparsity, delta="none"), "--dense": None} if sparsity else {}
     found = [flag for flag, other in without_caches.items() if fits(replace(settings, sparsity=other))][:1]
     if settings.dtype == torch.float32 and settings.device.type == "cuda":
-        found.append("--dtype bfloat16")
+        found += ["--dtype bfloat16"] if fits(replace(settings, dtype=torch.bfloat16)) else []
+    if settings.offload and fits(replace(settings, offload=None)):
+        found.append("leaving out --offload")
     if settings.frames and settings.frames > 1:
         smaller = [replace(settings, frames=n) for n in range(1, settings.frames, 4)]
     else:
         smaller = [replace(settings, width=settings.width * n // 256 * 16, height=settings.height * n // 256 * 16)
                    for n in range(4, 16)]
+        smaller = [size for size in smaller if min(size.width, size.height) >= cli.RANGES["width"][1]]
     n = bisect(smaller, False, key=lambda size: not fits(size))      # how many fit
     if n:
         size = smaller[n - 1]

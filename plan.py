@@ -67,10 +67,11 @@ class Step:
 
 
 def fit_steps(sparsity, steps, made_for):
-    """A preset, which lists steps of a run of `made_for`, for a run of `steps`: at the same moments something is
-    computed, so in half as many steps half as many in a row are skipped. `full` as a number stays."""
+    """A preset, which lists steps of a run of `made_for`, for a run of `steps`: from the first to the last something is
+    computed at the same moments, so in half as many steps half as many in a row are skipped. `full` as a number
+    stays."""
     def moments(indices, first):
-        return {min(max(first, round(i * steps / made_for)), steps - 1) for i in indices}
+        return {min(max(first, round(i * (steps - 1) / (made_for - 1))), steps - 1) for i in indices}
     full, skip = sparsity.full, sparsity.skip
     if not isinstance(full, int):
         full = tuple(sorted(moments(full, 1)))

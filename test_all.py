@@ -700,12 +700,16 @@ def test_presets_fit_any_number_of_steps():
     full = 1, 2, 4, 7, 12, 20, 30, 40
     preset = Sparsity(full=full, skip=(13, 15, 17, 19, *range(21, 30, 2), *range(31, 40, 2), *range(41, 50, 2)))
     assert fit_steps(preset, 50, 50) == preset
-    assert fit_steps(preset, 25, 50).full == (1, 2, 4, 6, 10, 15, 20)
+    assert fit_steps(preset, 25, 50).full == (1, 2, 3, 6, 10, 15, 20)
     assert fit_steps(preset, 25, 50).skip == ()
     assert fit_steps(Sparsity(skip=all_but(12)), 25, 50).skip == tuple(
-        i for i in range(25) if i not in (0, 1, 2, 4, 6, 8, 10, 13, 16, 18, 22, 24))
+        i for i in range(25) if i not in (0, 1, 2, 4, 6, 8, 10, 13, 15, 18, 21, 24))
     assert fit_steps(preset, 100, 50).skip[:4] == (1, 3, 5, 7) and fit_steps(Sparsity(), 100, 50).skip == ()
     assert fit_steps(preset, 2, 50).full == (1,) and fit_steps(preset, 1, 50).full == (0,)
+    for steps in range(1, 200):
+        left = {*range(steps)} - {*fit_steps(Sparsity(skip=all_but(20)), steps, 50).skip}
+        assert {0, steps - 1} <= left and min(steps, 20) - 3 <= len(left) <= 20
+        assert len(left) == 20 or steps < 38
 
 # ---------------------------------------------------------------------------------------------------------
 # The method: small random transformers, of all three models
@@ -2028,7 +2032,7 @@ def test_bad_flags_end_in_one_line(call, monkeypatch, tmp_path, name, settings, 
     ({"seed": True}, "seed True is not a whole number"), ({"steps": np.float64(2)}, "is not a whole number"),
     ({"prompt": 5}, "not text"), ({"weights": "nowhere"}, "no folder nowhere"), ({"weights": ""}, "--weights is empty"),
     ({"weights": 3.5}, "weights 3.5 is not a path"), ({"dense": "no"}, "dense 'no' is not True or False"),
-    ({"compile": 1}, "compile 1 is not True or False"),
+    ({"compile": 1}, "compile 1 is not True or False"), ({"dtype": ""}, "no dtype ''"),
     ({"sparsity": "pooled"}, "not a plan.Sparsity"), ({"sparsity": Sparsity(skip=(50,))}, "no step 50"),
     ({"sparsity": Sparsity(full=(1, 99))}, "no step 99")])
 def test_python_raises_what_the_command_line_says(settings, says):
@@ -3022,6 +3026,30 @@ def test_too_little_memory_names_what_fits(call, monkeypatch):
     width = int(re.search(r"--width (\d+)", error)[1])
     status, said, _ = call("flux", "--show-plan", **flags | {"width": width, "height": width})
     assert status == 0 and re.search(r"\nat most [\d.]+ GB of cpu at a time\nthen decoding: [\d.]+ GB\n$", said)
+
+
+@pytest.mark.parametrize("gpu, host, changes, says, says_not", [
+    (2e9, 10e9, {}, "nothing smaller fits", "bfloat16"), (4e9, 30e9, {}, "--dtype bfloat16 fits", "smaller"),
+    (20e9, 100e9, {"dtype": torch.bfloat16, "offload": "none"}, "leaving out --offload fits", "smaller"),
+    (2e9, 200e9, {"width": 2048, "height": 64}, "--dtype bfloat16 fits", "--height")])
+def test_what_a_lack_of_memory_advises_helps(monkeypatch, gpu, host, changes, says, says_not):
+    settings = cli.Settings(model="dev", width=1024, height=1024, steps=50, device=torch.device("cuda"),
+                            dtype=torch.float32)
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: gpu if device.type == "cuda" else host)
+    with pytest.raises(cli.Fail, match=says) as error:
+        memory.place(flux_chipmunk.find_need, replace(settings, **changes))
+    assert says_not not in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["schnell", "dev"])
+def test_speed_refuses_a_model_of_few_steps(monkeypatch, size):
+    monkeypatch.setattr(cli, "pick_device", lambda text: torch.device("cuda"))
+    args = SimpleNamespace(model="flux", table="speed", size=size, frames=None, memory=None, device="cuda")
+    if size == "dev":
+        assert bench.real_model(args)[0] == "dev"
+    else:
+        with pytest.raises(cli.Fail, match="schnell takes 4 steps, too few"):
+            bench.real_model(args)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ import parallel
 import wan_chipmunk
 from cache import make_state
 from compiled import compile_blocks, compile_seconds
-from offload import move_caches, move_weights
+from offload import homes, move_caches, move_weights
 from plan import MODES, Sparsity, all_but, make_plan
 from scenes import check, check_videos, is_flat, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, attention, attention_triton, attention_with_column_mass, choose_columns,
@@ -412,15 +412,15 @@ def with_random_weights(make_model, blocks_of, device, placement, float32=()):
     where they go, None: to the device."""
     with torch.device("meta"):
         model = make_model()
-    all_stay = placement is None or placement.blocks == len(blocks_of(model))
-    home = device if all_stay else torch.device("cpu")
+    blocks = blocks_of(model)
+    where = homes(model, blocks, placement.blocks if placement else len(blocks), device)
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition(".")
         dtype = torch.float32 if any(part in name for part in float32) else torch.bfloat16
         weight = torch.full(p.shape, float(leaf != "bias"), device=device, dtype=dtype)      # norms are 1, biases 0
         if p.ndim > 1:
             weight.normal_(std=p[0].numel()**-0.5)
-        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(weight.to(home), requires_grad=False))
+        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(weight.to(where[name]), requires_grad=False))
     if hasattr(model, "lay_out_for_deltas"):
         model.lay_out_for_deltas()
     if placement:

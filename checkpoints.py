@@ -252,17 +252,21 @@ def check_weights(make_model, files, layout=as_named):
 def load_weights(make_model, files, device, dtype, float32=(), layout=as_named):
     """A model with the weights in files, tensor by tensor, so that there is never a second copy.
 
-    make_model() -> the module. float32: parts of names; parameters with such a name stay float32 whatever dtype is.
-    layout: as in check_weights. Raises Fail if files are not exactly the model's (check_weights)."""
+    make_model() -> the module. device: where it goes, or a function of the module that tells {parameter: device}.
+    float32: parts of names; parameters with such a name stay float32 whatever dtype is. layout: as in check_weights.
+    Raises Fail if files are not exactly the model's (check_weights)."""
     sources = check_weights(make_model, files, layout)
     with torch.device("meta"):
         model = make_model()
+    homes, opened = device(model) if callable(device) else dict.fromkeys(sources, device), {}
     with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, "pt", device=str(device))) for file in files}
         for parameter, (shape, pieces) in sources.items():
             rows = []
             for file, name, half in pieces:
-                tensor = opened[file].get_tensor(name)
+                key = file, str(homes[parameter])
+                if key not in opened:
+                    opened[key] = stack.enter_context(safe_open(file, "pt", device=key[1]))
+                tensor = opened[key].get_tensor(name)
                 rows.append(tensor if half is None else tensor.chunk(2)[half])
             tensor = (torch.cat(rows) if len(rows) > 1 else rows[0]).view(shape)
             wide = any(part in parameter for part in float32)

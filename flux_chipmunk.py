@@ -43,7 +43,7 @@ import memory
 import parallel
 from cache import chipmunk_attention, chipmunk_mlp, make_state
 from compiled import clock, compile_blocks, compile_seconds
-from offload import move_caches, move_weights, visit
+from offload import homes, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, scatter_heads
 from plan import Sparsity, make_plan, make_presets, until_sparse
 from sparse_kernels import GROUP
@@ -663,7 +663,7 @@ def render(prompt, settings, compare=False, ranks=None):
     noise = patchify(noise.to(device, dtype))                                    # (1, N, 4 z)
     sigmas = make_sigmas(settings.steps, h * w, config.shift)
     layers, tokens = config.flux.double_blocks + config.flux.single_blocks, config.text_length + h * w
-    flux = load_part("flux", config, folder, device if placement.blocks == layers else torch.device("cpu"), dtype)
+    flux = load_part("flux", config, folder, lambda flux: homes(flux, flux.all_blocks, placement.blocks, device), dtype)
     flux.lay_out_for_deltas()                                        # also dense, which then is compare's dense half
     move_weights(flux, flux.all_blocks, placement.blocks, device)
     if settings.compile:

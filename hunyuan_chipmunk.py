@@ -42,7 +42,7 @@ import memory
 import parallel
 from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
-from offload import in_chunks, move_caches, move_weights, visit
+from offload import homes, in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
 from plan import Sparsity, make_plan, until_sparse
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
@@ -734,7 +734,8 @@ def render(prompt, settings, compare=False, ranks=None):
     noise = make_noise(config.hunyuan.z, grid, settings.seed).to(device).float() # (1, z, t, 2h, 2w)
     sigmas = make_sigmas(settings.steps, config.shift)
     layers = config.hunyuan.dual_blocks + config.hunyuan.single_blocks
-    hunyuan = load_part("hunyuan", config, folder, device if placement.blocks == layers else torch.device("cpu"), dtype)
+    hunyuan = load_part("hunyuan", config, folder,
+                        lambda hunyuan: homes(hunyuan, hunyuan.all_blocks, placement.blocks, device), dtype)
     move_weights(hunyuan, hunyuan.all_blocks, placement.blocks, device)
     if settings.compile:
         compile_blocks(hunyuan)

@@ -86,6 +86,12 @@ def move_caches(state, resident, device):
     return state
 
 
+def homes(model, blocks, resident, device):
+    """Where a model's parameters should be loaded to, for move_weights. -> {name: device}"""
+    away = {p for block, stays in zip(blocks, evenly(len(blocks), resident)) if not stays for p in block.parameters()}
+    return {name: torch.device("cpu") if p in away else device for name, p in model.named_parameters()}
+
+
 def move_weights(model, blocks, resident, device):
     """Move a model to the GPU, but all of its blocks except for `resident` ones to host memory."""
     memory = HostMemory(device)

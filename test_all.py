@@ -2766,6 +2766,41 @@ def test_what_the_system_says_about_a_file_is_said(call, monkeypatch, tmp_path):
     assert "safetensors: Input/output error" in error_of(call("wan", weights=folder))
 
 
+def test_weights_are_loaded_to_where_they_will_live(monkeypatch):
+    """All on the CPU first would need host memory for the whole model."""
+    loaded = {}                                                             # {tensor: device}
+
+    class Watched:
+        def __init__(self, file, kind, device="cpu"):
+            self.tensors, self.device = real(file, kind), device
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def __getattr__(self, name):
+            return getattr(self.tensors, name)
+
+        def get_tensor(self, name):
+            loaded[name] = self.device
+            return self.tensors.get_tensor(name)
+    real, config = checkpoints.safe_open, flux_chipmunk.CONFIGS["tiny"]
+    monkeypatch.setattr(checkpoints, "safe_open", Watched)
+
+    def load_flux(device):
+        return flux_chipmunk.load_part("flux", config, config.weights, device, torch.float32)
+    plain = load_flux(CPU)
+    assert set(loaded.values()) == {"cpu"}
+    flux = load_flux(lambda flux: offload.homes(flux, flux.all_blocks, 2, torch.device("cuda:1")))
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), flux.parameters(), strict=True))
+    for i, (block, stays) in enumerate(zip(flux.all_blocks, offload.evenly(len(flux.all_blocks), 2))):
+        names = {name for name, p in flux.named_parameters() if any(p is q for q in block.parameters())}
+        assert names and {loaded.pop(name) for name in names} == {"cuda:1" if stays else "cpu"}, i
+    assert loaded and set(loaded.values()) == {"cuda:1"}
+
+
 @pytest.mark.parametrize("dtype, says", [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3"),
                                          (torch.bool, "BOOL"), (torch.int64, "I64")])
 def test_tensors_that_are_no_floats_are_refused(tmp_path, dtype, says):

@@ -42,7 +42,7 @@ import memory
 import parallel
 from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
-from offload import in_chunks, move_caches, move_weights, visit
+from offload import homes, in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
 from plan import Sparsity, make_plan, make_presets, until_sparse
 from sparse_kernels import GROUP
@@ -631,8 +631,7 @@ def render(prompt, settings, compare=False, ranks=None):
     layout = make_layout(config.wan, grid, config.window, device, ranks)
     noise = make_noise(config.wan.channels, t, 2 * h, 2 * w, settings.seed).to(device)           # (1, z, t, 2h, 2w)
     schedule = make_schedule(settings.steps, config.shift)
-    all_stay = placement.blocks == config.wan.layers
-    wan = load_part("wan", config, folder, device if all_stay else torch.device("cpu"), dtype)
+    wan = load_part("wan", config, folder, lambda wan: homes(wan, wan.blocks, placement.blocks, device), dtype)
     move_weights(wan, wan.blocks, placement.blocks, device)
     if settings.compile:
         compile_blocks(wan)

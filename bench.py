@@ -409,11 +409,11 @@ def presets(args):
 
 def with_random_weights(make_model, blocks_of, device, placement, float32=()):
     """A model as the programs make it, in bfloat16, but without files. blocks_of(model) -> its blocks; placement:
-    where they go, None: to the device."""
+    which of them go to the device, None: all."""
     with torch.device("meta"):
         model = make_model()
-    blocks = blocks_of(model)
-    where = homes(model, blocks, placement.blocks if placement else len(blocks), device)
+    blocks = blocks_of(model) if placement else []
+    where = homes(model, blocks, placement.blocks if placement else 0, device)
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition(".")
         dtype = torch.float32 if any(part in name for part in float32) else torch.bfloat16

@@ -413,14 +413,14 @@ def with_random_weights(make_model, blocks_of, device, placement, float32=()):
     with torch.device("meta"):
         model = make_model()
     blocks = blocks_of(model) if placement else []
-    where = homes(model, blocks, placement.blocks if placement else 0, device)
+    home = homes(model, blocks, placement.blocks if placement else 0, device)
     for name, p in list(model.named_parameters()):
         parent, _, leaf = name.rpartition(".")
         dtype = torch.float32 if any(part in name for part in float32) else torch.bfloat16
         weight = torch.full(p.shape, float(leaf != "bias"), device=device, dtype=dtype)      # norms are 1, biases 0
         if p.ndim > 1:
             weight.normal_(std=p[0].numel()**-0.5)
-        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(weight.to(where[name]), requires_grad=False))
+        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(weight.to(home[name]), requires_grad=False))
     if hasattr(model, "lay_out_for_deltas"):
         model.lay_out_for_deltas()
     if placement:

@@ -844,7 +844,7 @@ def find_decoder_need(settings):
     latents = torch.empty(shape, dtype=vae_dtype(settings), device="meta")
 
     def run(vae, z):
-        for piece in islice(vae.decode_pieces(z), 2):                # beside the second lives the first; so on
+        for piece in islice(vae.decode_pieces(z), 2):                # with each but the first, the one before is held
             piece.float().clamp(-1, 1)
     return memory.decoder_bytes(parts(config)["vae"], latents, run)
 

@@ -181,7 +181,7 @@ def load_checkpoint(file, device):
     except Exception as error:                                       # torch raises nothing narrower
         if cli.out_of_memory(error):
             raise
-        raise cli.Fail(f"cannot read {file} ({checkpoints.reason(error)}); delete it, and run again") from None
+        raise cli.Fail(f"{file} is damaged ({checkpoints.reason(error)}); delete it, and run again") from None
 
 
 def half_precision(device):

@@ -7,8 +7,8 @@
     python figures.py kernel         the way of k and v through a GPU
     python figures.py example        the deltas of attention and of the MLP in numbers (no figure)
 
-The first three watch the tiny models draw densely, which takes seconds on a CPU, or a minute for the videos. Figures
-need matplotlib.
+The first three watch the tiny models draw densely, which takes seconds on a CPU, for the videos a minute or two.
+Figures need matplotlib.
 """
 import interrupt
 if __name__ == "__main__":
@@ -84,7 +84,8 @@ def watch(name, prompt, seed, offsets):
             mlps[step.index].append((F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2))
         return chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step)
     watched = {"chipmunk_attention": watched_attention} | ({"chipmunk_mlp": watched_mlp} if name == "flux" else {})
-    _, generate = draw_with([prompt] * (seed + 1), program.CONFIGS["tiny"], torch.device("cpu"))
+    captions = [prompt] * (seed + 1)                                 # a caption's number is its seed
+    _, generate = draw_with(captions, program.CONFIGS["tiny"], torch.device("cpu"))
     with mock.patch.multiple(program, **watched):                    # every step in full, so each is dense
         drawn, = generate(torch.tensor([seed]), Sparsity(full=1, mlp_keep=0.0, dense_layers=0))
     return Seen(attentions, mlps, drawn)

@@ -3105,6 +3105,19 @@ def test_what_a_lack_of_memory_advises_helps(monkeypatch, gpu, host, changes, sa
     assert says_not not in str(error.value)
 
 
+@pytest.mark.parametrize("preset", ["columns", "balanced"])
+def test_speed_makes_room_for_the_caches_that_it_times(monkeypatch, preset):
+    placements = []
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: 140e9)
+    monkeypatch.setattr(cli, "pick_device", lambda text: torch.device("cuda"))
+    monkeypatch.setattr(cli, "check_capability", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(bench, "speed_table", lambda *given: placements.append(given[-1]) or ("dev", {}))
+    bench.speed(SimpleNamespace(model="flux", table="speed", size="dev", frames=None, memory=None, device="cuda",
+                                offload=None, preset=preset))
+    assert placements == [memory.Placement(blocks=57, layers=55)]
+
+
 @pytest.mark.parametrize("size", ["schnell", "dev"])
 def test_speed_refuses_a_model_of_few_steps(monkeypatch, size):
     monkeypatch.setattr(cli, "pick_device", lambda text: torch.device("cuda"))

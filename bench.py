@@ -366,8 +366,10 @@ def known_times(*models):
     """What step_times.json has. Raises Fail if it cannot be read, or lacks one of these models."""
     try:
         known = json.loads(STEP_TIMES.read_text())
-    except (OSError, ValueError) as error:
-        raise cli.Fail(f"cannot read {STEP_TIMES}: {checkpoints.reason(error)}; fetch it again") from None
+    except OSError as error:
+        raise checkpoints.cannot_read(STEP_TIMES, error) from None
+    except ValueError as error:
+        raise cli.Fail(f"{STEP_TIMES} is damaged ({checkpoints.reason(error)}); fetch it again") from None
     for model in models:
         if model not in known:
             raise cli.Fail(f"{STEP_TIMES} has no times of {model}: python bench.py speed --model {model} writes them")

@@ -131,14 +131,15 @@ class Lane:
     """Copies in one direction, one after the other, beside the GPU's computation. On a CPU they are done at once."""
 
     def __init__(self, device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device, self.stream = device, None                      # a stream of its own, once there is something
 
     def copy(self, pairs):
-        """Copy source to target for pairs of them. -> the event that they are done; None on a CPU"""
-        if self.stream is None:
+        """Copy source to target for pairs of them. -> the event that they are done; None on a CPU, or without pairs"""
+        if not pairs or self.device.type == "cpu":
             for source, target in pairs:
                 target.copy_(source)
             return None
+        self.stream = self.stream or torch.cuda.Stream(self.device)
         # All that the GPU was told to compute comes first: it makes what leaves; and memory for what comes may still
         # be in use by what was computed there before.
         self.stream.wait_stream(torch.cuda.current_stream())

@@ -539,10 +539,10 @@ def make_sigmas(steps, tokens, shift):
 
 
 def make_noise(z, height, width, seed):
-    """(1, z, 2 height, 2 width) for a grid of height x width tokens; drawn in bf16 as the original does, but always on
-    the CPU, so that a seed is the same noise on any device and in any precision."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(1, z, 2 * height, 2 * width, generator=generator, dtype=torch.bfloat16)
+    """(1, z, 2 height, 2 width) for a grid of height x width tokens, in bf16 as the original's; but always drawn on the
+    CPU and in float32, so that a seed is the same noise on any device (torch 2.11 draws other numbers in bf16)."""
+    noise = torch.randn(1, z, 2 * height, 2 * width, generator=torch.Generator("cpu").manual_seed(seed))
+    return noise.bfloat16()
 
 
 def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):

@@ -664,11 +664,10 @@ def make_sigmas(steps, shift):
 
 
 def make_noise(z, grid, seed):
-    """(1, z, t, 2h, 2w) for a grid (t, h, w) of tokens; drawn in fp16 as the original does, but always on the CPU, so
-    that a seed is the same noise on any device and in any precision."""
+    """(1, z, t, 2h, 2w) for a grid (t, h, w) of tokens, in fp16 as the original's; but always drawn on the CPU and in
+    float32, so that a seed is the same noise on any device (torch 2.11 draws other numbers in fp16)."""
     t, h, w = grid
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(1, z, t, 2 * h, 2 * w, generator=generator, dtype=torch.float16)
+    return torch.randn(1, z, t, 2 * h, 2 * w, generator=torch.Generator("cpu").manual_seed(seed)).half()
 
 
 def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):

@@ -25,7 +25,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
-from itertools import count, islice
 from pathlib import Path
 from statistics import mean, median
 
@@ -48,7 +47,7 @@ from cache import make_state
 from compiled import compile_blocks, compile_seconds
 from offload import homes, move_caches, move_weights
 from plan import MODES, Sparsity, all_but, make_plan
-from scenes import check, check_videos, is_flat, make_moving_scene, make_scene, turned_shapes
+from scenes import check, check_videos, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, attention, attention_triton, attention_with_column_mass, choose_columns,
                             column_sparse_attention, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
 
@@ -187,10 +186,7 @@ def prepare(args):
     config, device = program.CONFIGS["tiny"], cli.pick_device(args.device)
     rng = random.Random(2506)
     make = make_scene if args.model == "flux" else make_moving_scene
-    scenes = (make(rng, train=False, plain=True) for _ in count())
-    if args.model == "hunyuan":                                      # it has learned no more than flat shapes yet
-        scenes = filter(is_flat, scenes)
-    scenes = list(islice(scenes, args.captions))
+    scenes = [make(rng, train=False, plain=True) for _ in range(args.captions)]
     templates = turned_shapes(device)
     return config, device, scenes, templates, *draw_with([scene.caption for scene in scenes], config, device)
 

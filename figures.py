@@ -36,7 +36,7 @@ from voxel import token_order
 
 PROMPT, SEED = "a small orange heart above a large cyan triangle on a purple background", 6
 VIDEOS = {"wan": "a furry brown chipmunk moves left to right on a cloudy blue background",
-          "hunyuan": "a red circle moves left to right on a green background"}
+          "hunyuan": "a green tree on a brick brown background, the camera moves right"}
 STARTS = 5, 15, 25, 35, 45     # changes are taken from these steps to the next one, and to the 4th after them
 COLORS = {"dense": "#4c78a8", "measure": "#e45756", "refresh": "#f2a49f", "sparse": "#72b7b2", "skip": "#dddddd"}
 

@@ -14,8 +14,8 @@ What happens (`render`, near the end of this file, is this sequence):
 Chipmunk changes one call of a block: `attention(q, k, v)` becomes `chipmunk_attention(q, k, v, layer_state, step)` for
 the rows of the video, which are nearly all. It recomputes only the columns (keys) that are attended to most and adds
 them to what the last steps left in `layer_state` (cache.py). A group of 128 rows shares its columns, so the tokens run
-through the blocks voxel by voxel, 4 x 4 x 8 = 128 of them each (voxel.py). `--preset columns` does this, `fast` also
-skips whole steps, the other presets do that alone. Without a state this is plain HunyuanVideo.
+through the blocks voxel by voxel, 4 x 4 x 8 = 128 of them each (voxel.py). `--preset columns` does this, the
+other presets skip whole steps instead. Without a state this is plain HunyuanVideo.
 
 HunyuanVideo: Tencent, github.com/Tencent/HunyuanVideo, arXiv 2412.03603. Chipmunk: arXiv 2506.03275.
 """
@@ -44,7 +44,7 @@ from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import homes, in_chunks, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
-from plan import Sparsity, make_plan, until_sparse
+from plan import Sparsity, make_plan, make_presets, until_sparse
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -108,25 +108,19 @@ FILES = {"llama": "text_encoder/model.safetensors", "clip": "text_encoder_2/mode
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
-# is used for. Skipping steps alone is closer to dense than columns at the speed of "quality" and "balanced" (README's
-# scores); "fast" has both.
+# is used for. The other presets skip whole steps, which is closer to dense at their speed (README's frontier).
 HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, mlp_keep=0.0, delta="pooled", full=5, choose=3)
-HUNYUAN_PRESETS = {"columns": HUNYUAN_COLUMNS,
-                   "quality": replace(HUNYUAN_COLUMNS, delta="none", skip=tuple(range(8, 50, 2))),
-                   "balanced": replace(HUNYUAN_COLUMNS, delta="none",
-                                       skip=tuple(i for i in range(8, 50) if i % 3 != 1)),
-                   "fast": replace(HUNYUAN_COLUMNS, full=tuple(range(4, 50, 8)),
-                                   skip=tuple(i for i in range(5, 50) if i % 4))}
+HUNYUAN_PRESETS = make_presets(HUNYUAN_COLUMNS)
 HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.44, "refresh": 1.08, "sparse": 0.57, "skip": 0.001}
 
 CONFIGS = {
     "tiny": Config(
         weights=Path(__file__).parent / "weights/hunyuan-tiny",
-        hunyuan=HunyuanConfig(z=16, text_dim=96, pooled_dim=64, dim=192, heads=3, ff=384, dual_blocks=2,
-                              single_blocks=6, refiner_blocks=1, axes=(16, 24, 24)),
-        vae=VAEConfig(channels=24, multipliers=(1, 2, 2, 2), blocks=1, z=16,
+        hunyuan=HunyuanConfig(z=16, text_dim=96, pooled_dim=64, dim=192, heads=6, ff=768, dual_blocks=1,
+                              single_blocks=7, refiner_blocks=1, axes=(8, 12, 12)),
+        vae=VAEConfig(channels=16, multipliers=(1, 2, 3, 2), blocks=1, z=16,
                       groups=2, scale=1.0),                          # 8 groups hardly let a background's colour pass
-        llama=LlamaConfig(vocab=512, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
+        llama=LlamaConfig(vocab=256, dim=96, heads=3, kv_heads=1, ff=192, layers=4),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
         template="<|start_header_id|>{}<|eot_id|>", crop=2,          # <|begin_of_text|> and <|start_header_id|>
         image_template="<|start_header_id|>{}<|eot_id|>", image_crop=2,

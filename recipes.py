@@ -175,14 +175,14 @@ RECIPES = {
     "hunyuan": Recipe(
         program=hunyuan_chipmunk, files=hunyuan_chipmunk.FILES, autoencoder="vae",
         painters=("hunyuan", "llama", "clip"), zero=r"norm1(_context)?\.linear|norm\.linear|norm_out\.linear|^proj_out",
-        stages=(Stage("autoencoder 1", 256, 6_000, 64, 900, (1e-3, 1e-3), frames=1, crop=128),
-                Stage("autoencoder 17", 256, 1_200, 8, 5_500, (1e-3, 1e-5), frames=17, crop=128),
+        stages=(Stage("autoencoder 1", 256, 6_000, 128, 900, (1e-3, 1e-3), frames=1, crop=128),
+                Stage("autoencoder 17", 256, 1_200, 16, 3_500, (1e-3, 1e-5), frames=17, crop=128),
                 Stage("pictures 128", 128, 60_000, 2048, 1_500, (1e-3, 1e-3), frames=1, text=32),
-                Stage("pictures 256", 256, 50_000, 512, 5_000, (1e-3, 1e-3), frames=1, text=32),
-                Stage("flow 256", 256, 40_000, 256, 11_000, (1e-3, 2e-5), frames=17, text=32),
+                Stage("pictures 256", 256, 50_000, 512, 2_200, (1e-3, 1e-3), frames=1, text=32),
+                Stage("flow 256", 256, 40_000, 256, 9_033, (1e-3, 2e-5), frames=17, text=32),
                 Stage("guided 256", 256, 40_000, 128, 250, (3e-4, 0.0), frames=17, text=32, guidance=7.0, ema=0.99)),
         make_scene=scenes.make_moving_scene, make_reader=hunyuan_reader, velocity=hunyuan_velocity,
-        middle="single_transformer_blocks.1", text_first=False,
+        middle="single_transformer_blocks.2", text_first=False,
         encode=lambda vae, videos: vae.quant_conv(vae.encoder(videos)),
         make_layout=lambda config, stage, device:
             hunyuan_chipmunk.make_layout(config.hunyuan, stage.grid, stage.text, device))}

@@ -204,14 +204,6 @@ def caption(rng, things, doing, surface, background, plain):
     return text + ("." if not plain and rng.random() < 0.1 else "")
 
 
-def is_flat(scene):
-    """Is it of the plain world: shapes of geometry in a plain colour on another, nothing brown, a camera at rest?"""
-    things, colours = scene.things, {scene.background, *(thing.colour for thing in scene.things)}
-    surfaces = {scene.surface, *(thing.surface for thing in things)}
-    geometry = all(SHAPES.index(thing.shape) <= SHAPES.index("diamond") for thing in things)
-    return geometry and surfaces == {"plain"} and "brown" not in colours and scene.motion not in PANS
-
-
 def without_surfaces(scene):
     """The same scene in plain colours."""
     things = tuple(replace(thing, surface="plain") for thing in scene.things)

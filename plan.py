@@ -90,8 +90,9 @@ def all_but(computed, steps=50):
 
 
 def make_presets(columns, extrapolate=True):
-    """The presets of a model for which skipping steps is closer to dense than columns are at the same speed (README's
-    frontier): `columns`, which skips none, and three that skip steps alone. -> {name: Sparsity}, for 50 steps"""
+    """The presets of a model for which skipping steps is at least as close to dense as columns are at the same speed
+    (frontiers in results.md): `columns`, which skips none, and three that skip steps alone. -> {name: Sparsity}, for 50
+    steps"""
     caching = replace(columns, delta="none", extrapolate=extrapolate)
     return {"columns": columns, "quality": replace(caching, skip=all_but(30)),
             "balanced": replace(caching, skip=all_but(20)), "fast": replace(caching, skip=all_but(12))}

@@ -2482,6 +2482,22 @@ def test_whole_table_adds_up(capsys, name):
     assert total == pytest.approx(sum(parts), abs=0.3)
 
 
+def test_a_whole_run_by_columns_notes_all_that_a_plan_can_need(monkeypatch, tmp_path):
+    known = json.loads(bench.STEP_TIMES.read_text())
+    monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "times.json")
+    bench.STEP_TIMES.write_text(json.dumps(known))
+    config = hunyuan_chipmunk.CONFIGS["720p"]
+    seen = {step.mode: 2.0 for step in make_plan(50, config.presets["columns"])}
+    monkeypatch.setattr(bench, "real_model", lambda args: ("720p", config, CPU))
+    monkeypatch.setattr(bench, "place", lambda *rest: None)
+    monkeypatch.setattr(bench, "whole_table", lambda *rest: ("anew", seen))
+    bench.whole(SimpleNamespace(model="hunyuan", preset="columns", frames=None, size=None, offload=None))
+    noted = json.loads(bench.STEP_TIMES.read_text())["hunyuan whole"]
+    skip = known["hunyuan"]["eager"]["skip"]
+    assert noted["model"] == "anew" and noted["eager"] == {"dense model": 2.0, "skip": skip} | seen
+    assert all(bench.run_seconds(50, preset, noted["eager"]) > 0 for preset in config.presets.values())
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="here is one")
 @pytest.mark.parametrize("table, says", [(["speed"], "needs a GPU"), (["kernels"], "needs a GPU"),
                                          (["speed", "--frames", "5"], "flux makes pictures")])

@@ -1845,7 +1845,10 @@ def test_the_remembered_command_has_the_settings_of_the_first(monkeypatch, name)
             with pytest.raises(SystemExit):
                 program.main()
             flags = shlex.split(cli.describe(*parsed[-1])["command"])[2:]
-        assert parsed[-1][1] == parsed[-2][1]
+        first, again = (settings for _, settings in parsed[-2:])
+        if first.sparsity is None:                                   # dense needs no preset: schnell's without columns
+            first = replace(first, preset=again.preset)
+        assert again == first
 
 
 @each_model
@@ -3081,7 +3084,7 @@ def test_published_sizes_fit_the_gpus_that_people_have(name, model, gpu, host, d
     placement = memory.choose(need, gpu * 1e9, host * 1e9)
     assert placement is not None and memory.describe(need, placement)
     recorded = {("720p", False): (25.6, 82.0), ("720p", True): (25.6, 0), ("14b", False): (29.0, 100.6),
-                ("dev", False): (23.8, 9.9), ("1.3b", False): (2.9, 10.9)}[model, dense]        # weights, caches
+                ("dev", False): (23.8, 9.2), ("1.3b", False): (2.9, 10.9)}[model, dense]        # weights, caches
     assert (sum(need.blocks) + need.other_weights) / 1e9 == pytest.approx(recorded[0], abs=0.1)
     assert need.branches * sum(need.caches) / 1e9 == pytest.approx(recorded[1], abs=0.1)
 

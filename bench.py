@@ -333,14 +333,16 @@ def frontier(args):
 
     print_header(f"{args.model} tiny, {args.captions} captions, at least", *(f"{speedup}x" for speedup in SPEEDUPS))
     for family, found in results.items():
-        cells = []
-        for least in SPEEDUPS:
-            fast = [row for row in found if round(row[0], 2) >= least]           # as it is printed
-            speedup, psnr, ssim, things, label = max(fast, key=lambda row: row[1], default=[0] * 5)
-            cells.append(f"{psnr:.1f} dB, {ssim:.4f}, {things:.0%} ({speedup:.2f}x: {label})" if fast else "-")
-        print_row(family, *cells)
+        best = [closest(found, least) for least in SPEEDUPS]
+        print_row(family, *("{1:.1f} dB, {2:.4f}, {3:.0%} ({0:.2f}x: {4})".format(*b) if b else "-" for b in best))
     draw_frontier(pyplot, results, args.model, times)
     cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']}, {way}, on {times['device']})")
+
+
+def closest(found, least):
+    """Of plans (speed-up, PSNR, ...) the one closest to dense among those at least so fast, as speed-ups are printed;
+    None if there are none."""
+    return max((row for row in found if round(row[0], 2) >= least), key=lambda row: row[1], default=None)
 
 
 def draw_frontier(pyplot, results, model, times):
@@ -651,10 +653,9 @@ def speed_table(stem, name, config, device, ranks=None, placement=None):
         print_row(kind, *(f"{seconds[kind]:.3f} s" for seconds in ways.values()))
     dense = [config.steps * seconds["dense model"] for seconds in ways.values()]
     print_row(f"**all {config.steps}, dense**", *(f"{total:.1f} s" for total in dense))
-    plans = {f"preset {preset}": sparsity for preset, sparsity in config.presets.items()}
-    for label, sparsity in plans.items():
+    for preset, sparsity in config.presets.items():
         totals = [run_seconds(config.steps, sparsity, seconds) for seconds in ways.values()]
-        print_row(f"**all {config.steps}, {label}**",
+        print_row(f"**all {config.steps}, preset {preset}**",
                   *(f"{t:.1f} s, **{d / t:.2f}x**" for d, t in zip(dense, totals)))
     dense_peak, peak = map(memory.gigabytes, peaks[:2])
     cli.say(f"\n({where(device)}, bfloat16, random weights; peak memory a GPU, eager: dense {dense_peak}, "

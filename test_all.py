@@ -956,6 +956,13 @@ def test_skipped_step_reruns_the_final_layer_only(name):
     assert later.isfinite().all() and (later - v).norm() > 1e-3 * v.norm()
 
 
+@pytest.mark.parametrize("config", [c for program in PROGRAMS.values() for c in program.CONFIGS.values()])
+def test_columns_is_the_one_preset_with_sparse_steps(config):
+    plans = {name: make_plan(config.steps, sparsity) for name, sparsity in config.presets.items()}
+    sparse = [name for name, plan in plans.items() if any(step.mode == "sparse" for step in plan)]
+    assert list(plans) == ["columns", "quality", "balanced", "fast"] and sparse == ["columns"]
+
+
 @each_model
 def test_presets_are_faster_than_dense_or_give_way(name, capsys):
     for config in PROGRAMS[name].CONFIGS.values():
@@ -1081,6 +1088,12 @@ def test_what_is_needed_from_the_host_comes_a_layer_ahead():
     for n in range(1, 8):
         assert [sum(offload.evenly(n, some)) for some in range(n + 1)] == list(range(n + 1))
     assert offload.evenly(6, 2) == [False, False, True, False, False, True]
+
+
+def test_what_copies_nothing_waits_for_nothing():
+    lane = offload.Lane(torch.device("cuda"))                               # which most machines do not have
+    assert lane.copy([]) is None and lane.stream is None
+    lane.join()
 
 
 @pytest.mark.parametrize("mode, schedule", [
@@ -2396,6 +2409,11 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
     title, _, *rows, _, _ = table("caching", "--steps", "4")
     assert "4 dense steps, some repeated" in title and any(row.startswith("| 2.0x | the first ") for row in rows)
     assert bench.skipping_plans(4, 2.0)[1, 2] == (1, 3) and bench.skipping_plans(50, 2.75)[2, 3][:4] == (2, 3, 5, 6)
+
+
+def test_a_table_has_the_closest_plan_at_the_speed_that_is_printed():
+    found = [(1.9999999999999976, 37.0), (2.5, 33.0), (1.5, 46.0)]          # 25 of 50 steps are 2.00x
+    assert [bench.closest(found, least) for least in (1.5, 2.0, 2.01, 3.0)] == [found[2], found[0], found[1], None]
 
 
 @pytest.mark.parametrize("kept, says", [(None, "cannot read .*: No such file"), ('{"flux": ', "is damaged"),

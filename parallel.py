@@ -156,6 +156,14 @@ def several():
     return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def meet(device):
+    """Meet the other processes. Raises Fail if all are sent to one GPU."""
+    if device.type == "cuda" and device.index != int(os.environ["LOCAL_RANK"]):
+        raise cli.Fail(f"--device {device} is one GPU for all processes; leave the number out")
+    with others_alive():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
 def start(device, heads, branches=1):
     """Meet the other processes. -> Ranks, with no rows yet; None if there are no others.
     branches: 2 if a model runs twice a step. Halves of an even number of processes then take one each.
@@ -168,10 +176,8 @@ def start(device, heads, branches=1):
     if sharing > heads:
         more = f", or an even number up to {2 * heads}" if branches == 2 else ""
         raise cli.Fail(f"{size} processes cannot share {heads} heads; start 1 to {heads}{more}")
-    if device.type == "cuda" and device.index != int(os.environ["LOCAL_RANK"]):
-        raise cli.Fail(f"--device {device} is one GPU for all processes; leave the number out")
+    meet(device)
     with others_alive():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         group = dist.new_subgroups(sharing)[0]
     return Ranks(group, rank % sharing, rank == 0, split(heads, sharing), branches=groups, branch=rank // sharing)
 

@@ -2411,6 +2411,33 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
     assert bench.skipping_plans(4, 2.0)[1, 2] == (1, 3) and bench.skipping_plans(50, 2.75)[2, 3][:4] == (2, 3, 5, 6)
 
 
+def test_processes_that_train_together_draw_their_own_scenes_and_end_with_the_same_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "compile", lambda f=None, **options: f or (lambda g: g))
+    monkeypatch.setattr(train_tiny, "SAMPLES", 4)
+    monkeypatch.setattr(train_tiny, "SHEETS", 1)
+    recipe, folder, work = train_tiny.RECIPES["flux"], tmp_path / "weights", tmp_path / "work"
+    stages = [replace(stage, size=32, crop=min(16, stage.crop), scenes=6, batch=4, steps=3)
+              for stage in (recipe.stages[0], recipe.stages[-1])]
+
+    def one(rank):
+        parallel.meet(CPU)
+        with torch.enable_grad():
+            layer = torch.nn.Linear(2, 1)
+            (layer.weight.sum() * (1 + 2 * rank)).backward()
+            train_tiny.share_gradients(layer)                               # of 1 and 3
+            assert layer.weight.grad.tolist() == [[2.0, 2.0]] and layer.bias.grad is None
+            train_tiny.train(replace(recipe, stages=stages), folder, work, CPU)
+    assert run_several(2, one, tmp_path) == [0, 0], (tmp_path / "0.err").read_text() + (tmp_path / "1.err").read_text()
+    said = [(tmp_path / f"{rank}.out").read_text() for rank in range(2)]
+    assert "trained in" in said[0] and "on 2 x " in said[0] and not said[1]
+    for file in recipe.files.values():
+        assert (folder / file).read_bytes() == (work / "process 1" / "weights" / file).read_bytes()
+    drawn = [torch.load(place / f"latents 32, 0 frames, {rank} of 2.pt")
+             for rank, place in enumerate((work, work / "process 1"))]
+    assert [len(captions) for _, _, captions in drawn] == [3, 3]
+    assert not set(drawn[0][2]) & set(drawn[1][2]) and not torch.equal(drawn[0][0], drawn[1][0])
+
+
 def test_a_table_has_the_closest_plan_at_the_speed_that_is_printed():
     found = [(1.9999999999999976, 37.0), (2.5, 33.0), (1.5, 46.0)]          # 25 of 50 steps are 2.00x
     assert [bench.closest(found, least) for least in (1.5, 2.0, 2.01, 3.0)] == [found[2], found[0], found[1], None]

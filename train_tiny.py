@@ -3,6 +3,7 @@
     python train_tiny.py flux         makes weights/flux-tiny: tokenizers, autoencoder, text encoders, transformer
     python train_tiny.py wan          weights/wan-tiny
     python train_tiny.py hunyuan      weights/hunyuan-tiny
+    torchrun --nproc_per_node 4 train_tiny.py hunyuan      on four GPUs, each of which learns from a quarter of a batch
 
 The recipe of each is a list of stages (recipes.py), which one loop (train_stage) runs:
     1. autoencoder    reconstruct drawn pictures; latents are kept standard normal, so that scale = 1 and shift = 0. A
@@ -34,6 +35,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -43,6 +45,7 @@ from tqdm import tqdm
 import checkpoints
 import cli
 import media
+import parallel
 import scenes
 import wan_chipmunk
 from compiled import compile_blocks
@@ -130,15 +133,16 @@ def train_stage(stage, model, make_loss, draw_sheet, work, began, device):
         ema.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-    loss = make_loss() if first < stage.steps else None
+    loss, (rank, processes) = make_loss() if first < stage.steps else None, place()
     written = time.monotonic()
     bar = tqdm(range(first, stage.steps), stage.name, initial=first, total=stage.steps, mininterval=2)
     for step in bar:
         for optimizer, factor in zip(optimizers, (1, 3)):
             for group in optimizer.param_groups:
                 group["lr"] = factor * learning_rate(step, stage)
-        value = loss(torch.Generator(device).manual_seed(step))
+        value = loss(torch.Generator(device).manual_seed(step * processes + rank))
         value.backward()
+        share_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -148,6 +152,8 @@ def train_stage(stage, model, make_loss, draw_sheet, work, began, device):
         if step % 50 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}", lr=f"{learning_rate(step, stage):.1e}")
         finished = step + 1
+        if rank:                                                     # of several processes one writes
+            continue
         if finished % (stage.steps // SHEETS) == 0:
             media.write_png(work / f"{stage.name}, {finished} steps.png", *draw_sheet(ema))
         if finished == stage.steps or time.monotonic() - written > CHECKPOINT_SECONDS:
@@ -157,6 +163,21 @@ def train_stage(stage, model, make_loss, draw_sheet, work, began, device):
                              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, file)
     model.load_state_dict(ema.state_dict())
     return began
+
+
+def place():
+    """-> this process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_gradients(model):
+    """Each process has learned from scenes of its own: let all have the mean of their gradients."""
+    if dist.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        mean = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
+        with parallel.others_alive():
+            dist.all_reduce(mean)
+        torch._foreach_copy_(grads, [g.view_as(grad) for g, grad in zip(mean.split([g.numel() for g in grads]), grads)])
 
 
 def write(file, save):
@@ -197,11 +218,12 @@ def show(some, stage, device):
 
 
 def show_all(recipe, stage, rng, device):
-    """Makes all of a stage's scenes, many at a time. -> (the scenes, their pictures or videos), ..."""
+    """Makes this process's share of a stage's scenes, many at a time. -> (the scenes, their pictures or videos), ..."""
+    rank, processes = place()
+    own = [recipe.make_scene(rng) for _ in range(stage.scenes)][rank::processes]
     batch = min(1024, max(1, 512 * 256**2 // (stage.size**2 * max(1, stage.frames))))        # a few gigabytes of noise
-    for i in tqdm(range(0, stage.scenes, batch), f"{stage.name}: scenes", mininterval=2):
-        some = [recipe.make_scene(rng) for _ in range(min(batch, stage.scenes - i))]
-        yield some, show(some, stage, device)
+    for i in tqdm(range(0, len(own), batch), f"{stage.name}: scenes", mininterval=2):
+        yield own[i:i + batch], show(own[i:i + batch], stage, device)
 
 
 def to_bytes(pictures):
@@ -268,13 +290,14 @@ def autoencoder_stage(recipe, autoencoder, stage, held_out, device):
     def make_loss():
         shown = show_all(recipe, stage, random.Random(stage.name), device)
         pictures = torch.cat([to_bytes(some) for _, some in shown])              # (n, 3, [T,] size, size)
+        batch = -(-stage.batch // place()[1])
 
         def loss(generator):
             rng = random.Random(generator.initial_seed())
             x, y = (rng.randrange(stage.size - stage.crop + 1) for _ in range(2))
-            index = torch.randint(len(pictures), (stage.batch,), generator=generator, device=device)
+            index = torch.randint(len(pictures), (batch,), generator=generator, device=device)
             squares = from_bytes(pictures[index, ..., y:y + stage.crop, x:x + stage.crop])
-            shape = stage.batch, autoencoder.config.z, *stage.grid[:-2], stage.crop // 8, stage.crop // 8
+            shape = batch, autoencoder.config.z, *stage.grid[:-2], stage.crop // 8, stage.crop // 8
             noise = torch.randn(shape, generator=generator, device=device)
             with half_precision(device):
                 return loss_of(squares, noise)
@@ -297,7 +320,7 @@ def autoencoder_stage(recipe, autoencoder, stage, held_out, device):
 def cache_latents(recipe, autoencoder, stage, work, device):
     """-> latents (n, z, ..., size / 8, size / 8) in half precision; outlines (n, N, 48), bytes; n captions. outlines:
     of each token 4 x 4 colours of the same scene without surfaces. Kept in a file for the next start."""
-    file = work / f"latents {stage.size}, {stage.frames} frames.pt"
+    file = work / f"latents {stage.size}, {stage.frames} frames, {' of '.join(map(str, place()))}.pt"
     if not file.exists():
         latents, outlines, captions = [], [], []
         for some, pictures in show_all(recipe, stage, random.Random(stage.size), device):
@@ -361,14 +384,14 @@ def flow_stage(recipe, painters, autoencoder, stage, read, held_out, work, devic
 
     def make_loss():
         latents, outlines, captions = cache_latents(recipe, autoencoder, stage, work, device)
-        tokens = numbers(captions)
+        tokens, batch = numbers(captions), -(-stage.batch // place()[1])
         for model in painters, teacher or painters:
             compile_blocks(model, dynamic=False)
 
         def loss(generator):
             """Flow matching; with a teacher, matching its guided velocity instead."""
-            index = torch.randint(len(latents), (stage.batch,), generator=generator, device=device)
-            t, chance = torch.rand(2, stage.batch, generator=generator, device=device)       # (B,) each
+            index = torch.randint(len(latents), (batch,), generator=generator, device=device)
+            t, chance = torch.rand(2, batch, generator=generator, device=device)             # (B,) each
             t = shifted(t, stage)
             clean = latents[index].float()                           # (B, z, ..., h, w)
             noise = torch.randn(clean.shape, generator=generator, device=device)
@@ -422,9 +445,11 @@ def save(module, file):
 
 def train(recipe, folder, work, device):
     """Run every stage of a recipe. The weights go into folder as half-precision safetensors, laid out as in the model's
-    repository, when all are trained; until then they are in work / "weights"."""
-    began = time.monotonic()
-    config, weights = recipe.program.CONFIGS["tiny"], work / "weights"
+    repository, when all are trained; until then they are in work / "weights". Of several processes the first writes
+    them, and all go on from its checkpoints; what else each one keeps is in a folder of its own."""
+    began, (rank, processes) = time.monotonic(), place()
+    own = work / f"process {rank}" if rank else work
+    config, weights = recipe.program.CONFIGS["tiny"], own / "weights"
     try:
         weights.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -442,15 +467,18 @@ def train(recipe, folder, work, device):
             make_loss, draw_sheet = autoencoder_stage(recipe, autoencoder, stage, held_out, device)
         else:
             model, trained = painters, painters
-            make_loss, draw_sheet = flow_stage(recipe, painters, autoencoder, stage, read, held_out, work, device)
+            make_loss, draw_sheet = flow_stage(recipe, painters, autoencoder, stage, read, held_out, own, device)
         began = train_stage(stage, model, make_loss, draw_sheet, work, began, device)
         for part in trained.keys() & recipe.files.keys():
             save(trained[part], weights / recipe.files[part])
+    if rank:
+        return
     try:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
     except OSError as error:
         raise cli.Fail(f"cannot copy {weights} to {folder} ({checkpoints.reason(error)}); copy it there") from None
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = f"{processes} x {where}" if processes > 1 else where
     cli.say(f"{folder}: trained in {(time.monotonic() - began) / 60:.1f} minutes on {where}, torch {torch.__version__}")
 
 
@@ -464,8 +492,13 @@ def main():
     torch.backends.cudnn.benchmark = True
     recipe = RECIPES[args.model]
     folder = recipe.program.CONFIGS["tiny"].weights
-    train(recipe, folder, args.work / args.model, cli.pick_device(args.device))
+    device = cli.pick_device(args.device)
+    if parallel.several():
+        parallel.meet(device)
+    train(recipe, folder, args.work / args.model, device)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    parallel.run(main)

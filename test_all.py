@@ -2432,8 +2432,7 @@ def test_processes_that_train_together_draw_their_own_scenes_and_end_with_the_sa
     assert "trained in" in said[0] and "on 2 x " in said[0] and not said[1]
     for file in recipe.files.values():
         assert (folder / file).read_bytes() == (work / "process 1" / "weights" / file).read_bytes()
-    drawn = [torch.load(place / f"latents 32, 0 frames, {rank} of 2.pt")
-             for rank, place in enumerate((work, work / "process 1"))]
+    drawn = [torch.load(place / "latents 32, 0 frames, 2 processes.pt") for place in (work, work / "process 1")]
     assert [len(captions) for _, _, captions in drawn] == [3, 3]
     assert not set(drawn[0][2]) & set(drawn[1][2]) and not torch.equal(drawn[0][0], drawn[1][0])
 

@@ -133,7 +133,8 @@ def train_stage(stage, model, make_loss, draw_sheet, work, began, device):
         ema.load_state_dict(saved["ema"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-    loss, (rank, processes) = make_loss() if first < stage.steps else None, place()
+    rank, processes = place()
+    loss = make_loss() if first < stage.steps else None
     written = time.monotonic()
     bar = tqdm(range(first, stage.steps), stage.name, initial=first, total=stage.steps, mininterval=2)
     for step in bar:
@@ -290,14 +291,13 @@ def autoencoder_stage(recipe, autoencoder, stage, held_out, device):
     def make_loss():
         shown = show_all(recipe, stage, random.Random(stage.name), device)
         pictures = torch.cat([to_bytes(some) for _, some in shown])              # (n, 3, [T,] size, size)
-        batch = -(-stage.batch // place()[1])
 
         def loss(generator):
             rng = random.Random(generator.initial_seed())
             x, y = (rng.randrange(stage.size - stage.crop + 1) for _ in range(2))
-            index = torch.randint(len(pictures), (batch,), generator=generator, device=device)
+            index = torch.randint(len(pictures), (stage.batch,), generator=generator, device=device)
             squares = from_bytes(pictures[index, ..., y:y + stage.crop, x:x + stage.crop])
-            shape = batch, autoencoder.config.z, *stage.grid[:-2], stage.crop // 8, stage.crop // 8
+            shape = stage.batch, autoencoder.config.z, *stage.grid[:-2], stage.crop // 8, stage.crop // 8
             noise = torch.randn(shape, generator=generator, device=device)
             with half_precision(device):
                 return loss_of(squares, noise)
@@ -320,7 +320,7 @@ def autoencoder_stage(recipe, autoencoder, stage, held_out, device):
 def cache_latents(recipe, autoencoder, stage, work, device):
     """-> latents (n, z, ..., size / 8, size / 8) in half precision; outlines (n, N, 48), bytes; n captions. outlines:
     of each token 4 x 4 colours of the same scene without surfaces. Kept in a file for the next start."""
-    file = work / f"latents {stage.size}, {stage.frames} frames, {' of '.join(map(str, place()))}.pt"
+    file = work / f"latents {stage.size}, {stage.frames} frames, {place()[1]} processes.pt"
     if not file.exists():
         latents, outlines, captions = [], [], []
         for some, pictures in show_all(recipe, stage, random.Random(stage.size), device):
@@ -384,14 +384,14 @@ def flow_stage(recipe, painters, autoencoder, stage, read, held_out, work, devic
 
     def make_loss():
         latents, outlines, captions = cache_latents(recipe, autoencoder, stage, work, device)
-        tokens, batch = numbers(captions), -(-stage.batch // place()[1])
+        tokens = numbers(captions)
         for model in painters, teacher or painters:
             compile_blocks(model, dynamic=False)
 
         def loss(generator):
             """Flow matching; with a teacher, matching its guided velocity instead."""
-            index = torch.randint(len(latents), (batch,), generator=generator, device=device)
-            t, chance = torch.rand(2, batch, generator=generator, device=device)             # (B,) each
+            index = torch.randint(len(latents), (stage.batch,), generator=generator, device=device)
+            t, chance = torch.rand(2, stage.batch, generator=generator, device=device)       # (B,) each
             t = shifted(t, stage)
             clean = latents[index].float()                           # (B, z, ..., h, w)
             noise = torch.randn(clean.shape, generator=generator, device=device)
@@ -462,12 +462,13 @@ def train(recipe, folder, work, device):
     held_out = [recipe.make_scene(rng, train=False, plain=True) for _ in range(4 * SAMPLES)]
     autoencoder, painters = make_autoencoder(recipe, config).to(device), make_painters(recipe, config).to(device)
     for stage in recipe.stages:
+        share = replace(stage, batch=-(-stage.batch // processes))   # this process's
         if stage.crop:
             model, trained = autoencoder, {recipe.autoencoder: autoencoder}
-            make_loss, draw_sheet = autoencoder_stage(recipe, autoencoder, stage, held_out, device)
+            make_loss, draw_sheet = autoencoder_stage(recipe, autoencoder, share, held_out, device)
         else:
             model, trained = painters, painters
-            make_loss, draw_sheet = flow_stage(recipe, painters, autoencoder, stage, read, held_out, own, device)
+            make_loss, draw_sheet = flow_stage(recipe, painters, autoencoder, share, read, held_out, own, device)
         began = train_stage(stage, model, make_loss, draw_sheet, work, began, device)
         for part in trained.keys() & recipe.files.keys():
             save(trained[part], weights / recipe.files[part])

@@ -2420,13 +2420,17 @@ def test_processes_that_train_together_draw_their_own_scenes_and_end_with_the_sa
               for stage in (recipe.stages[0], recipe.stages[-1])]
 
     def one(rank):
+        def velocity(painters, x, t, *rest):
+            with open(tmp_path / f"{rank}.times", "a") as seen:
+                print(*t.tolist(), file=seen)
+            return recipe.velocity(painters, x, t, *rest)
         parallel.meet(CPU)
         with torch.enable_grad():
             layer = torch.nn.Linear(2, 1)
             (layer.weight.sum() * (1 + 2 * rank)).backward()
             train_tiny.share_gradients(layer)                               # of 1 and 3
             assert layer.weight.grad.tolist() == [[2.0, 2.0]] and layer.bias.grad is None
-            train_tiny.train(replace(recipe, stages=stages), folder, work, CPU)
+            train_tiny.train(replace(recipe, stages=stages, velocity=velocity), folder, work, CPU)
     assert run_several(2, one, tmp_path) == [0, 0], (tmp_path / "0.err").read_text() + (tmp_path / "1.err").read_text()
     said = [(tmp_path / f"{rank}.out").read_text() for rank in range(2)]
     assert "trained in" in said[0] and "on 2 x " in said[0] and not said[1]
@@ -2435,6 +2439,8 @@ def test_processes_that_train_together_draw_their_own_scenes_and_end_with_the_sa
     drawn = [torch.load(place / "latents 32, 0 frames, 2 processes.pt") for place in (work, work / "process 1")]
     assert [len(captions) for _, _, captions in drawn] == [3, 3]
     assert not set(drawn[0][2]) & set(drawn[1][2]) and not torch.equal(drawn[0][0], drawn[1][0])
+    first, second = ((tmp_path / f"{rank}.times").read_text().splitlines() for rank in range(2))
+    assert len(first[0].split()) == 2 and first[0] != second[0]             # half a batch each, of noise of its own
 
 
 def test_a_table_has_the_closest_plan_at_the_speed_that_is_printed():

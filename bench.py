@@ -48,18 +48,19 @@ from compiled import compile_blocks, compile_seconds
 from offload import homes, move_caches, move_weights
 from plan import MODES, Sparsity, all_but, make_plan
 from scenes import check, check_videos, make_moving_scene, make_scene, turned_shapes
-from sparse_kernels import (GROUP, attention, attention_triton, attention_with_column_mass, choose_columns,
-                            column_sparse_attention, listed_columns, sparse_mlp_fc1, sparse_mlp_fc2, triton)
+from sparse_kernels import (GROUP, POOL, Pooled, attention, attention_triton, attention_with_column_mass, block_means,
+                            choose_columns, column_sparse_attention, count_unlisted, listed_columns, sparse_mlp_fc1,
+                            sparse_mlp_fc2, triton)
 
 BATCH = 20                     # pictures or videos drawn at a time
 VIDEO_SKIPS = (7, 11, 13, 14, 15, 17, 18, 19, 21, 22, 23, 25, 26, 27, 29, 31, 33, 34, 35, 37, 38, 39, 41, 42, 43)
 # The original's rule and plan of 50 steps, without its window of voxels and its order of tokens, and with our choice of
 # MLP columns. For HunyuanVideo and Wan2.1 it skips steps, which repeat the last one; for FLUX.1 it does not.
-ORIGINAL = {"flux": {"delta": "paper", "full": 10, "choose": 1, "skip": (), "drift": False},
-            "wan": {"delta": "paper", "full": 10, "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
-                    "extrapolate": False},
+ORIGINAL = {"flux": {"delta": "paper", "full": (1, 10, 20, 30, 40), "choose": 1, "skip": (), "drift": False},
+            "wan": {"delta": "paper", "full": (1, 10, 20, 30, 40), "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
+                    "extrapolate": 0},
             "hunyuan": {"delta": "paper", "full": (1, 10, 40), "choose": 1, "skip": VIDEO_SKIPS, "drift": False,
-                        "extrapolate": False}}
+                        "extrapolate": 0}}
 
 
 def print_row(*cells):
@@ -263,7 +264,7 @@ def caching(args):
     for batch in tqdm(batches, "batches of captions"):
         dense = generate(batch, None, steps)                         # (B, 3, H, W) or (B, 3, T, H, W)
         for plan, skipped in plans.items():
-            drawn = generate(batch, Sparsity(delta="none", skip=skipped, extrapolate=False), steps)
+            drawn = generate(batch, Sparsity(delta="none", skip=skipped, extrapolate=0), steps)
             for pair in zip(dense, drawn):
                 psnrs[plan].append(media.psnr(*pair))
     print_header(f"{args.model} tiny, {args.captions} captions, {steps} dense steps, some repeated", "best plan",
@@ -289,7 +290,7 @@ def plans_to_compare(model, config):
     plans = {"fewer steps": [(f"{n} steps", n, None) for n in (33, 25, 20, 17, 12)]}
     caching = [(f"{n} computed", 50, Sparsity(delta="none", skip=all_but(n)))
                for n in (35, 30, 25, 22, 20, 18, 15, 12, 10)]
-    plans["step caching, repeated"] = [(*plan, replace(s, extrapolate=False)) for *plan, s in caching]
+    plans["step caching, repeated"] = [(*plan, replace(s, extrapolate=0)) for *plan, s in caching]
     plans["step caching, extrapolated"] = caching
     plans["the paper's rule"] = [("its plan", 50, replace(columns, **original)),
                                  ("its plan, none skipped", 50, replace(columns, **original | {"skip": ()}))]
@@ -749,6 +750,10 @@ def attention_rows(case, heads, n, keep):
     ours = milliseconds(lambda: column_sparse_attention(q, k, v, columns, counts, o, 1))
     kernel_row(f"column-sparse attention, {keep:.1%} kept", *against, ours, f"**{dense / ours:.2f}x**",
                f"{1 / keep:.1f}x", keep * flops)
+    pooled = Pooled(block_means(k, n), block_means(v, n), count_unlisted(columns, counts, n))
+    pooled_ms = milliseconds(lambda: column_sparse_attention(q, k, v, columns, counts, o, 1, pooled))
+    kernel_row(f"the same, pooled: and a mean for every {POOL} columns", *against, pooled_ms,
+               f"**{dense / pooled_ms:.2f}x**", f"{1 / (keep + 1 / POOL):.1f}x", (keep + 1 / POOL) * flops)
     if n < 10_000:
         flex = flex_ms(q, k, v, columns, counts)
         kernel_row("the same columns by flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-",

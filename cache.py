@@ -70,7 +70,7 @@ WRITTEN = {"measure": FOR_SPARSE, "refresh": ("o_rest", "drift", "act", "out"), 
 class ModelState:
     """One generation's memory, or one guidance branch's if there are two. A new generation makes a new one."""
     layers: list                     # LayerState, or None for a layer that is always dense
-    extrapolate: bool                # Sparsity's
+    extrapolate: float               # Sparsity's
     past: tuple = ()                 # the last computed step, or two: (its number, (B, N, C) before the final layer)
     memory: object = None            # offload.HostMemory, if some layers' caches live on the host
 
@@ -80,12 +80,12 @@ class ModelState:
         self.past = *before, (step.index, hidden)
 
     def recall(self, step):
-        """What would go into the final layer at a skipped step: what did last, or, if extrapolating, as far beyond as
+        """What would go into the final layer at a skipped step: what did last, and beyond it so much of the way that
         the last two computed steps tell."""
         index, hidden = self.past[-1]
         if self.extrapolate and len(self.past) == 2:
             earlier, hidden_then = self.past[0]
-            hidden = hidden + (hidden - hidden_then) * ((step.index - index) / (index - earlier))
+            hidden = hidden + (hidden - hidden_then) * (self.extrapolate * (step.index - index) / (index - earlier))
         return hidden
 
 

@@ -103,9 +103,9 @@ class Config:
 
 # As many columns as in the original's preset for FLUX.1-dev. A drift helps about as many pictures as it harms, and what
 # it harms, it harms more (method.md, part 3).
-FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", full=5, drift=False)
+FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.30, delta="pooled", full=6, drift=False)
 FLUX_PRESETS = make_presets(FLUX_COLUMNS)
-FLUX_COSTS = {"dense": 0.99, "measure": 1.46, "refresh": 1.17, "sparse": 0.81, "skip": 0.006}
+FLUX_COSTS = {"dense": 0.98, "measure": 1.38, "refresh": 1.15, "sparse": 0.78, "skip": 0.012}
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
               "t5": tuple(f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2))}

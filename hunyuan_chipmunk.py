@@ -108,8 +108,7 @@ FILES = {"llama": "text_encoder/model.safetensors", "clip": "text_encoder_2/mode
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
-# is used for; of 50 steps the last full one is 48 (method.md, part 5). The other presets skip whole steps, which is
-# closer to dense at their speed (results.md).
+# is used for. The other presets skip whole steps, which is closer to dense at their speed (results.md).
 HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, mlp_keep=0.0, delta="pooled", full=6, choose=3)
 HUNYUAN_PRESETS = make_presets(HUNYUAN_COLUMNS)
 HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.44, "refresh": 1.08, "sparse": 0.57, "skip": 0.001}

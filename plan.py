@@ -8,6 +8,7 @@
 
 Nothing here computes: a plan is a list of Steps, made of whole numbers.
 """
+import math
 from dataclasses import dataclass, replace
 
 MODES = ("dense", "measure", "refresh", "sparse", "skip")
@@ -20,12 +21,12 @@ class Sparsity:
     attn_keep: float = 0.165         # share of columns kept by mass
     attn_random: float = 0.0         # share kept at random
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
-    full: int | tuple = 10           # all is recomputed at step 1 and every so many steps, or at these steps
+    full: int | tuple = 10           # all is recomputed at step 1 and every so many up to the last but one, or at these
     choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
     skip: tuple = ()                 # rerun only the final layer at these steps, unless they are full
     delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
     drift: bool = True               # rests go on as between the last two full steps; False: they stay
-    extrapolate: bool = True         # a skipped step goes on as the last two computed ones; False: repeats the last
+    extrapolate: float = 0.8         # a skipped step adds so much of the last two computed ones' trend; 0: repeats
     dense_layers: int = 2            # the first layers are always dense
 
     def __post_init__(self):
@@ -40,12 +41,13 @@ class Sparsity:
             return type(x) in (int, float) and 0 <= x <= 1
 
         for name, fits, allowed in (
-                *((name, share, "a number from 0 to 1") for name in ("attn_keep", "attn_random", "mlp_keep")),
+                *((name, share, "a number from 0 to 1")
+                  for name in ("attn_keep", "attn_random", "mlp_keep", "extrapolate")),
                 ("full", lambda x: whole(x, 1) or listed(x, 0), "a whole number from 1, or a tuple like (1, 2, 4)"),
                 ("choose", lambda x: whole(x, 1), "a whole number from 1"),
                 ("skip", lambda x: listed(x, 1), "a tuple of steps from 1: step 0 has nothing to reuse"),
                 ("delta", lambda x: x in DELTAS, f"one of {', '.join(DELTAS)}"),
-                *((name, lambda x: type(x) is bool, "True or False") for name in ("drift", "extrapolate")),
+                ("drift", lambda x: type(x) is bool, "True or False"),
                 ("dense_layers", lambda x: whole(x, 0), "a whole number from 0")):
             if not fits(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not {allowed}")
@@ -81,15 +83,17 @@ def fit_steps(sparsity, steps, made_for):
 
 
 def all_but(computed, steps=50):
-    """The steps to skip so that `computed` of them are left: the first, the last, and between them ever fewer, the i-th
-    at about (i / (computed - 1))^1.4 of the way. What stands where is decided early. -> tuple"""
+    """The steps to skip so that `computed` of them are left: the first, the last, and between them more near both ends.
+    What stands where is decided early, and the last steps have the fine detail. -> tuple"""
     left = [0]
     for i in range(1, computed):
-        left.append(max(left[-1] + 1, round((steps - 1) * (i / (computed - 1))**1.4)))
+        u = (i / (computed - 1))**1.25                               # from 0 to 1, slowly at first
+        u -= 0.4 * math.sin(2 * math.pi * u) / (2 * math.pi)         # and slowly at last
+        left.append(min(max(left[-1] + 1, round((steps - 1) * u)), steps - computed + i))    # room for the rest
     return tuple(sorted({*range(steps)} - {*left}))
 
 
-def make_presets(columns, extrapolate=True):
+def make_presets(columns, extrapolate=0.8):
     """The presets of a model for which skipping steps is at least as close to dense as columns are at the same speed
     (frontiers in results.md): `columns`, which skips none, and three that skip steps alone. -> {name: Sparsity}, for 50
     steps"""
@@ -116,7 +120,8 @@ def make_plan(steps, sparsity):
     With delta="none" all steps are dense but those to skip."""
     if sparsity is None:
         return [Step(i, "dense") for i in range(steps)]
-    full = set(sparsity.full) if not isinstance(sparsity.full, int) else {1, *range(0, steps, sparsity.full)}
+    full = sparsity.full
+    full = {1, *range((steps - 2) % full, steps, full)} if isinstance(full, int) else {*full}
     if sparsity.delta == "none":                                     # no sparse step to prepare
         full = set()
     first = min(full - {0}, default=steps)

@@ -102,10 +102,10 @@ FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
-# is used for; of 50 steps the last full one is 48 (method.md, part 5). Skipped steps repeat: to go on as the last two
-# computed ones tell is closer to dense, up to 2.8x, but spoils things (results.md).
+# is used for. Skipped steps repeat: to go on as the last two computed ones tell is closer to dense, but spoils things
+# (results.md).
 WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", full=6, choose=2)
-WAN_PRESETS = make_presets(WAN_COLUMNS, extrapolate=False)
+WAN_PRESETS = make_presets(WAN_COLUMNS, extrapolate=0)
 WAN_COSTS = {"dense": 1.0, "measure": 1.66, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
 
 WAN_VAE = VAEConfig(

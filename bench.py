@@ -356,7 +356,7 @@ def draw_frontier(pyplot, results, model, times):
         axes.plot(*zip(*points), ".", color=color, alpha=0.3)
     axes.set(xlabel=f"speed-up by the time of {times['model']}", ylabel="PSNR to dense, dB", xlim=(1, 5),
              title=f"{model} tiny: how close to dense at which speed")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))          # beside the lines, not on them
     media.write_whole(FIGURES / f"frontier-{model}.png", False,
                       lambda temporary: figure.savefig(temporary, format="png", bbox_inches="tight"))
 

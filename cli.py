@@ -339,7 +339,7 @@ def step_list(text):
 
 
 def full_steps(text):
-    """"10": every tenth step, up to the last but one. "1,2,4,7": those. "10,": step 10 alone."""
+    """"10": every tenth step. "1,2,4,7": those. "10,": step 10 alone."""
     steps = step_list(text)
     if steps == (0,) and "," not in text:
         raise argparse.ArgumentTypeError("'every 0 steps' means nothing; give a number from 1 or a list like 1,2,4,7")
@@ -392,7 +392,7 @@ def make_parser(doc, configs, video=False):
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
         help="attention columns recomputed at a sparse step, 0 to 1")
     add("--full-steps", type=full_steps, metavar="N|LIST",
-        help="compute in full step 1 and every N up to the last but one, or the listed (1,2,4,7; a single one: 5,)")
+        help="compute in full step 1 and every N counted back from the last but one, or a list (1,2,4,7; or 5,)")
     add("--skip-steps", type=skip_steps, metavar="LIST",
         help="step caching: these steps rerun only the final layer; a list, or none")
     add("--show-plan", action="store_true", help="print what every step does and the memory it takes, then stop")

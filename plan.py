@@ -21,7 +21,7 @@ class Sparsity:
     attn_keep: float = 0.165         # share of columns kept by mass
     attn_random: float = 0.0         # share kept at random
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
-    full: int | tuple = 10           # all is recomputed at step 1 and every so many up to the last but one, or at these
+    full: int | tuple = 10           # all is recomputed at step 1 and every so many till the last but one, or at these
     choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
     skip: tuple = ()                 # rerun only the final layer at these steps, unless they are full
     delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
@@ -93,11 +93,10 @@ def all_but(computed, steps=50):
     return tuple(sorted({*range(steps)} - {*left}))
 
 
-def make_presets(columns, extrapolate=0.8):
-    """The presets of a model for which skipping steps is at least as close to dense as columns are at the same speed
-    (frontiers in results.md): `columns`, which skips none, and three that skip steps alone. -> {name: Sparsity}, for 50
-    steps"""
-    caching = replace(columns, delta="none", extrapolate=extrapolate)
+def make_presets(columns):
+    """A model's presets: `columns`, which skips none, and three that skip steps alone, which is closer to dense at the
+    same speed, or nearly so (frontiers in results.md). -> {name: Sparsity}, for 50 steps"""
+    caching = replace(columns, delta="none")
     return {"columns": columns, "quality": replace(caching, skip=all_but(30)),
             "balanced": replace(caching, skip=all_but(20)), "fast": replace(caching, skip=all_but(12))}
 
@@ -113,6 +112,8 @@ def relative_time(plan, costs):
 def make_plan(steps, sparsity):
     """What each of `steps` steps does, for a sparsity that fits them (fit_steps), or None: dense.
     Pure: same arguments, same plan. -> list[Step]
+
+    full as a number: step 1, and every so many counted back from the last step but one.
 
     All is dense until the first measure step, which needs what a dense step before it left: the log-sum-exp of
     attention, activations of the MLP. A full step is never skipped. If no sparse step follows it, it is just dense.

@@ -104,8 +104,8 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
 # is used for. Skipped steps repeat: to go on as the last two computed ones tell is closer to dense, but spoils things
 # (results.md).
-WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", full=6, choose=2)
-WAN_PRESETS = make_presets(WAN_COLUMNS, extrapolate=0)
+WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", full=6, choose=2, extrapolate=0)
+WAN_PRESETS = make_presets(WAN_COLUMNS)
 WAN_COSTS = {"dense": 1.0, "measure": 1.66, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
 
 WAN_VAE = VAEConfig(

@@ -337,7 +337,9 @@ def frontier(args):
         best = [closest(found, least) for least in SPEEDUPS]
         print_row(family, *("{1:.1f} dB, {2:.4f}, {3:.0%} ({0:.2f}x: {4})".format(*b) if b else "-" for b in best))
     draw_frontier(pyplot, results, args.model, times)
-    cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']}, {way}, on {times['device']})")
+    cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']}, {way}, on {times['device']})\n")
+    for family, found in results.items():                            # every point of the figure
+        cli.say(f"{family}: " + "; ".join(f"{label} {x:.2f}x {psnr:.1f} dB" for x, psnr, *_, label in found))
 
 
 def closest(found, least):

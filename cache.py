@@ -83,7 +83,7 @@ class ModelState:
         """What would go into the final layer at a skipped step: what did last, and beyond it so much of the way that
         the last two computed steps tell."""
         index, hidden = self.past[-1]
-        if self.extrapolate and len(self.past) == 2:
+        if len(self.past) == 2:
             earlier, hidden_then = self.past[0]
             hidden = hidden + (hidden - hidden_then) * (self.extrapolate * (step.index - index) / (index - earlier))
         return hidden

@@ -12,8 +12,8 @@ Surfaces are functions of continuous coordinates, so that a scene looks the same
 detail finer than about four pixels fades out.
 
 The judge knows the pixels alone. Ground is what has a tone of the commonest colour; every other piece is a thing, of
-the colour that most of its pixels have and of the shape whose outline overlaps its own most. In a video, every second
-frame tells where the thing is, how large, how it is turned and whether the ground goes along.
+the colour that its pixels are nearest to and of the shape whose outline overlaps its own most; or it is two that touch.
+In a video, every second frame tells where the thing is, how large, how it is turned and whether the ground goes along.
 """
 import math
 from dataclasses import dataclass, replace
@@ -616,6 +616,7 @@ def pieces(masks):
     """Connected pieces of masks (N, H, W). -> which mask each is of (P,), and the pieces themselves (P, H, W).
     On cells of 2 x 2, every cell takes the highest number among its neighbours, then that of the cell which once had
     its number, until none changes."""
+    masks = F.max_pool2d(-F.max_pool2d(-masks, 5, 1, 2), 5, 1, 2)                # without specks and rims
     coarse = F.max_pool2d(masks, 2).double()                                     # (N, H / 2, W / 2)
     numbers = torch.arange(coarse.numel(), device=masks.device).view(coarse.shape) + 1
     numbers = numbers * coarse
@@ -641,27 +642,42 @@ def see(pictures, templates):
     """What is in pictures (N, 3, S, S) in -1..1? -> for each (colour of the ground, [Seen])
 
     Ground is whatever has a tone of the picture's commonest colour; other pieces are things. A piece's colour is the
-    palette's nearest to most of its pixels; its outline is compared with every shape's."""
+    palette's nearest to its pixels; its outline is compared with every shape's. If it is like none, it may be two
+    things that touch: it is cut into what is nearer to one and to the other of its two commonest colours."""
     cells = (F.adaptive_avg_pool2d(pictures.float(), CELLS) + 1) / 2             # (N, 3, CELLS, CELLS)
     cells = F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, 1).movedim(1, -1)  # (N, CELLS, CELLS, 3)
     names, palette = list(COLOURS), torch.tensor(list(COLOURS.values()), device=cells.device) / 255      # (11, 3)
     coarse = cells[:, 2::4, 2::4]
-    nearest = unlike(coarse, palette, STRETCH).argmin(-1)                        # (N, CELLS / 4, CELLS / 4)
+    gaps = unlike(coarse, palette, STRETCH)                                      # (N, CELLS / 4, CELLS / 4, 11)
+    nearest = gaps.argmin(-1)                                                    # (N, CELLS / 4, CELLS / 4)
     grounds = nearest.flatten(1).mode().values.tolist()                          # N numbers
     bases = [c[n == ground].median(0).values[None] for c, n, ground in zip(coarse, nearest, grounds)]    # (1, 3) each
     masks = torch.stack([unlike(c, base)[..., 0] > UNLIKE for c, base in zip(cells, bases)]).float()
-    masks = F.max_pool2d(-F.max_pool2d(-masks, 5, 1, 2), 5, 1, 2)                # without specks and rims
-    which, masks = pieces(masks)                                                 # (P,), (P, CELLS, CELLS)
+
+    def things(which, masks):
+        """Pieces masks (P, CELLS, CELLS) of pictures which (P,) -> P of Seen"""
+        if len(masks) == 0:
+            return []
+        x, y, area = centre_and_area(masks)                                      # (P,) each
+        crops = scaled(masks, x, y, area)                                        # (P, CROP^2)
+        both = torch.einsum("pc,sfac->psfa", crops, templates)                   # (P, shapes, 2, TURNS)
+        fits = (both / (crops.sum(-1)[:, None, None, None] + templates.sum(-1) - both)).amax(2).cpu()
+        colours = [gaps[n][mask[2::4, 2::4] > 0].mean(0).argmin() for n, mask in zip(which, masks)]
+        return [Seen(names[colour], *where, fit)
+                for colour, *where, fit in zip(colours, x.tolist(), y.tolist(), area.tolist(), fits)]
+
     seen = [(names[ground], []) for ground in grounds]
-    if len(which) == 0:
-        return seen
-    x, y, area = centre_and_area(masks)                                          # (P,) each
-    crops = scaled(masks, x, y, area)                                            # (P, CROP^2)
-    both = torch.einsum("pc,sfac->psfa", crops, templates)                       # (P, shapes, 2, TURNS)
-    fits = (both / (crops.sum(-1)[:, None, None, None] + templates.sum(-1) - both)).amax(2).cpu()
-    for p, n in enumerate(which.tolist()):
-        colour = names[nearest[n][masks[p][2::4, 2::4] > 0].mode().values]
-        seen[n][1].append(Seen(colour, x[p].item(), y[p].item(), area[p].item(), fits[p]))
+    which, masks = pieces(masks)                                                 # (P,), (P, CELLS, CELLS)
+    for n, mask, thing in zip(which.tolist(), masks, things(which, masks)):
+        found = [thing]
+        if not shape_of(thing.fits.amax(-1)):
+            two = nearest[n][mask[2::4, 2::4] > 0].bincount(minlength=len(names)).topk(2).indices
+            nearer = unlike(cells[n], palette[two], STRETCH).argmin(-1)          # (CELLS, CELLS)
+            parts = [things([n] * len(cut), cut) for _, cut in (pieces((mask * (nearer == i))[None]) for i in (0, 1))]
+            largest = [max(part, key=lambda s: s.area, default=thing) for part in parts]
+            if all(shape_of(s.fits.amax(-1)) for s in largest):
+                found = largest
+        seen[n][1].extend(found)
     return seen
 
 

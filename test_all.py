@@ -2293,6 +2293,20 @@ def test_scenes_are_seen_as_they_are_drawn():
     assert scenes.held_out(unseen.things[0].colour, unseen.things[0].shape, unseen.relation)
 
 
+def test_two_things_that_touch_are_seen_apart():
+    templates = scenes.turned_shapes(CPU)
+    things = (scenes.Thing("orange", "mushroom", "", 0.66, 0.5, 0.18, "furry"),
+              scenes.Thing("green", "fish", "", 0.32, 0.5, 0.18, "plain"))          # its nose is in the cap
+    scene = scenes.Scene(things, "right of", "yellow", "", surface="watery")
+    picture, = scenes.draw([scene], 256)
+    assert scenes.check(scene, picture, templates) == (2, 2, 1, 1, True)
+    (_, seen), = scenes.see(picture[None], templates)
+    assert sorted(piece.colour for piece in seen) == ["green", "orange"]
+    alike = replace(scene, things=(replace(things[0], colour="green"), things[1]))   # of one colour: nowhere to cut
+    (_, seen), = scenes.see(scenes.draw([alike], 256), templates)
+    assert [piece.colour for piece in seen] == ["green"]
+
+
 def test_moving_scenes_are_seen_as_they_are_drawn():
     rng, templates, motions = random.Random(6), scenes.turned_shapes(CPU), [*scenes.MOTIONS, *scenes.PANS]
     drawn = []

@@ -298,7 +298,7 @@ def plans_to_compare(model, config):
     plans["ours, columns alone, without drift"] = [(*plan, replace(s, drift=False)) for *plan, s in alone]
     plans["ours, columns alone, with drift"] = [(*plan, replace(s, drift=True)) for *plan, s in alone]
     plans["ours, stacked"] = []
-    for n, every in (40, 3), (31, 3), (26, 3), (22, 3), (22, 2), (18, 2), (15, 2):
+    for n, every in (40, 2), (40, 3), (31, 2), (31, 3), (26, 2), (26, 3), (22, 2), (22, 3), (18, 2), (15, 2):
         skipped = all_but(n)
         full = tuple(i for i in range(50) if i not in skipped)[2::every]
         plans["ours, stacked"].append((f"{n} computed, one of {every} in full", 50,

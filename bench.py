@@ -339,7 +339,8 @@ def frontier(args):
     draw_frontier(pyplot, results, args.model, times)
     cli.say(f"\n({where(device)}, float32; speed-ups by the time of {times['model']}, {way}, on {times['device']})\n")
     for family, found in results.items():                            # every point of the figure
-        cli.say(f"{family}: " + "; ".join(f"{label} {x:.2f}x {psnr:.1f} dB" for x, psnr, *_, label in found))
+        cli.say(f"{family}: " + "; ".join(f"{label} {x:.2f}x {psnr:.1f} dB {things:.0%}"
+                                          for x, psnr, _, things, label in found))
 
 
 def closest(found, least):

@@ -11,8 +11,8 @@ mean of every 64 neighbouring columns, each counting as many times as its block 
 small. S is chosen by mass times the distance of v from its block's mean.
 
 The drift is how far the rest of one S went from one measure or refresh step to the next, per step; for it a measure
-step first takes the rest of the old S, and then chooses. It serves the rest of the new S as well: most columns are in
-neither. age is the number of steps since the last of them.
+step takes the rest of the old S as well, before it forgets it. It serves the rest of the new S, too: most columns are
+in neither. age is the number of steps since the last of them.
 
 MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows:
 

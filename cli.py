@@ -409,15 +409,15 @@ def parse(parser, configs, show_need):
     sparsity = chosen_sparsity(args, config, steps)
     plan = make_plan(steps, sparsity)
     settings = Settings(**given | {"dense": sparsity is None}, sparsity=sparsity)
-    if args.show_plan:
-        show_plan(plan)
-        show_need(fill(settings, configs))
-        sys.exit()
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
     if args.compare and all(step.mode == "dense" for step in plan):
         raise Fail(f"nothing to compare: in {steps} steps this is the dense model; take more --steps or other flags")
     note_idle_flags(args, sparsity, plan)
+    if args.show_plan:
+        show_plan(plan)
+        show_need(fill(settings, configs))
+        sys.exit()
     return args, fill(settings, configs)
 
 

@@ -2017,6 +2017,8 @@ def test_show_plan_prints_what_every_step_does(call):
     assert status == 0 and len(lines) == 13 and "measure" in lines[3] and "skip" in lines[6]
     assert re.fullmatch(r"weights .* GB\ncaches .* GB\nactivations .* GB\nat most .* GB of cpu at a time\n"
                         r"then decoding: .* GB\n", need)
+    status, _, (note,) = call("flux", "--show-plan", full_steps=4)          # says what a run would say
+    assert status == 0 and note.startswith("note: --full-steps: no effect with preset balanced")
 
 
 def test_the_picture_says_what_the_prompt_says():

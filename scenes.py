@@ -613,7 +613,7 @@ def scaled(masks, x, y, area):
 
 
 def pieces(masks):
-    """Connected pieces of masks (N, H, W). -> which mask each is of (P,), and the pieces themselves (P, H, W).
+    """Connected pieces of masks (N, H, W) -> which mask each is of (P,), and the pieces themselves (P, H, W).
     On cells of 2 x 2, every cell takes the highest number among its neighbours, then that of the cell which once had
     its number, until none changes."""
     masks = F.max_pool2d(-F.max_pool2d(-masks, 5, 1, 2), 5, 1, 2)                # without specks and rims

@@ -2309,6 +2309,15 @@ def test_two_things_that_touch_are_seen_apart():
     assert [piece.colour for piece in seen] == ["green"]
 
 
+def test_a_thing_has_the_colour_of_all_its_pixels():
+    square = scenes.Thing("orange", "square", "", 0.5, 0.5, 0.18)
+    picture, = scenes.draw([scenes.Scene((square,), "", "black", "")], 256)
+    upper = picture[:, :134]                                                # of the square a little more than half
+    upper[:] = torch.where(upper[:1] > -0.5, 0.55 * (upper + 1) - 1, upper) # like a dark roof, which alone is brown
+    (_, (seen,)), = scenes.see(picture[None], scenes.turned_shapes(CPU))
+    assert seen.colour == "orange"
+
+
 def test_moving_scenes_are_seen_as_they_are_drawn():
     rng, templates, motions = random.Random(6), scenes.turned_shapes(CPU), [*scenes.MOTIONS, *scenes.PANS]
     drawn = []

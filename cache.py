@@ -70,23 +70,33 @@ WRITTEN = {"measure": FOR_SPARSE, "refresh": ("o_rest", "drift", "act", "out"), 
 class ModelState:
     """One generation's memory, or one guidance branch's if there are two. A new generation makes a new one."""
     layers: list                     # LayerState, or None for a layer that is always dense
-    extrapolate: float               # Sparsity's
-    past: tuple = ()                 # the last computed step, or two: (its number, (B, N, C) before the final layer)
+    extrapolate: float | None        # Sparsity's
+    last: tuple = ()                 # the last computed step's number, and what went into the final layer, (B, N, C)
+    trend: torch.Tensor = None       # (B, N, C) how far that went in a step, since the computed step before
+    gain: float | torch.Tensor = 0.0 # the share of the trend to go on by; (B, N, 1) if it is measured
     memory: object = None            # offload.HostMemory, if some layers' caches live on the host
 
     def remember(self, step, hidden):
         """What went into the final layer at a computed step."""
-        before = self.past[-1:] if self.extrapolate else ()
-        self.past = *before, (step.index, hidden)
+        if self.last and self.extrapolate != 0:
+            index, before = self.last
+            trend = (hidden - before) / (step.index - index)
+            self.gain = explained(trend, self.trend) if self.extrapolate is None else self.extrapolate
+            self.trend = trend
+        self.last = step.index, hidden
 
     def recall(self, step):
-        """What would go into the final layer at a skipped step: what did last, and beyond it so much of the way that
-        the last two computed steps tell."""
-        index, hidden = self.past[-1]
-        if len(self.past) == 2:
-            earlier, hidden_then = self.past[0]
-            hidden = hidden + (hidden - hidden_then) * (self.extrapolate * (step.index - index) / (index - earlier))
-        return hidden
+        """What would go into the final layer at a skipped step: what did last, and beyond it a share of the trend."""
+        index, hidden = self.last
+        return hidden if self.trend is None else hidden + self.gain * (step.index - index) * self.trend
+
+
+def explained(trend, before):
+    """How much of each token's trend (B, N, C) the one before it explains: the square of their cosine, 0 if they point
+    apart or there is none before. -> (B, N, 1) in 0..1"""
+    if before is None:
+        return 0.0
+    return F.cosine_similarity(trend, before, dim=-1)[..., None].clamp(min=0).square()
 
 
 def make_state(layers, sparsity, pooled_columns, static, seed, device):

@@ -164,7 +164,8 @@ def observation():
     columns = 0.05, 0.10, 0.165, 0.25, 0.30
     print_header("share of the squared change in", *(f"{c:.1%}" for c in columns), "70% lie in", "90% lie in")
     figure, both_axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for part, axes, preset in zip(("attention", "MLP"), both_axes, (0.165, 0.30)):
+    kept = flux_chipmunk.FLUX_COLUMNS.attn_keep, flux_chipmunk.FLUX_COLUMNS.mlp_keep
+    for part, axes, preset in zip(("attention", "MLP"), both_axes, kept):
         for apart, line in (1, "-"), (4, "--"):
             for color, (grouping, curve) in zip(("#4c78a8", "#e45756", "#54a24b"), curves[part, apart].items()):
                 label = f"{grouping}; {apart} step{'s' * (apart > 1)}"

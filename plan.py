@@ -26,7 +26,8 @@ class Sparsity:
     skip: tuple = ()                 # rerun only the final layer at these steps, unless they are full
     delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
     drift: bool = True               # rests go on as between the last two full steps; False: they stay
-    extrapolate: float = 0.8         # a skipped step adds so much of the last two computed ones' trend; 0: repeats
+    extrapolate: float | None = 0.8  # a skipped step adds so much of the last two computed ones' trend; 0: repeats;
+                                     # None: of each token as much as the trend before explains
     dense_layers: int = 2            # the first layers are always dense
 
     def __post_init__(self):
@@ -42,7 +43,8 @@ class Sparsity:
 
         for name, fits, allowed in (
                 *((name, share, "a number from 0 to 1")
-                  for name in ("attn_keep", "attn_random", "mlp_keep", "extrapolate")),
+                  for name in ("attn_keep", "attn_random", "mlp_keep")),
+                ("extrapolate", lambda x: x is None or share(x), "a number from 0 to 1, or None"),
                 ("full", lambda x: whole(x, 1) or listed(x, 0), "a whole number from 1, or a tuple like (1, 2, 4)"),
                 ("choose", lambda x: whole(x, 1), "a whole number from 1"),
                 ("skip", lambda x: listed(x, 1), "a tuple of steps from 1: step 0 has nothing to reuse"),

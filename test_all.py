@@ -677,8 +677,9 @@ def test_plan_says_what_every_step_does():
 def test_values_that_no_plan_can_have_are_named():
     Sparsity(attn_keep=0, attn_random=1, mlp_keep=1.0, full=1, choose=1, skip=(1,), delta="none", dense_layers=0)
     Sparsity(full=(0, 3)), Sparsity(full=())
-    shares = "attn_keep", "attn_random", "mlp_keep", "extrapolate"
-    never = {**dict.fromkeys(shares, (-0.1, 1.1, True, math.nan, "all", None)),
+    Sparsity(extrapolate=None)
+    bad = -0.1, 1.1, True, math.nan, "all"
+    never = {**dict.fromkeys(("attn_keep", "attn_random", "mlp_keep"), (*bad, None)), "extrapolate": bad,
              "full": (0, -1, True, 2.5, (-1, 3), (1.5,), [1, 2]), "choose": (0, 1.5, (1,)),
              "dense_layers": (-1, 0.5), "skip": ((0, 3), (-1,), ("x",), "x", 3), "delta": ("mass", None),
              "drift": ("no", 1)}
@@ -1005,6 +1006,21 @@ def test_skipped_steps_repeat_the_last_or_go_on_as_the_last_two_did():
         assert (state.recall(Step(9, "skip")) == expected).all()
 
 
+def test_a_measured_gain_is_what_the_trend_before_explains_of_each_token():
+    hidden = torch.zeros(5, 1, 4, 2, dtype=torch.float64, device=DEVICE)    # of five steps (B, N, C)
+    hidden[1] = torch.tensor([2.0, 0.0])                                    # the first trend: along the first channel
+    hidden[2] = hidden[1] + torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 3**0.5], [-1.0, 0.0]])
+    state = make_state(1, Sparsity(delta="none", extrapolate=None), 4, None, 0, DEVICE)
+    for i in range(2):
+        state.remember(Step(i, "dense"), hidden[i])
+    torch.testing.assert_close(state.recall(Step(3, "skip")), hidden[1])    # one trend is not known to last
+    state.remember(Step(2, "dense"), hidden[2])
+    gains = torch.tensor([1.0, 0.0, 0.25, 0.0], dtype=torch.float64)[:, None]        # on, aside, at 60 degrees, back
+    torch.testing.assert_close(state.recall(Step(5, "skip")), hidden[2] + 3 * gains * (hidden[2] - hidden[1]))
+    state.remember(Step(6, "dense"), hidden[2])                             # stands still: nothing to go on by
+    torch.testing.assert_close(state.recall(Step(8, "skip")), hidden[2])
+
+
 @pytest.mark.parametrize("name, grid, tokens", [
     ("flux", (8, 8), (68, 64)), ("wan", (4, 8, 16), (512, 4)), ("hunyuan", (1, 8, 8), (64, 4))])
 def test_work_done_is_what_was_computed(name, grid, tokens):
@@ -1038,10 +1054,10 @@ def test_wan_keeps_its_two_texts_apart():
     sparsity = Sparsity(attn_keep=0.1, attn_random=0.01, full=(1,), skip=(4,), dense_layers=1)
     model, (prompt, negative) = random_model("wan"), torch.randn(2, 1, 9, 24, device=DEVICE)
     x, (state, state_negative) = sample_small("wan", model, (4, 8, 8), sparsity, (prompt, negative))
-    assert not torch.equal(state.past[-1][1], state_negative.past[-1][1])
+    assert not torch.equal(state.last[1], state_negative.last[1])
     assert not torch.equal(state.layers[1].o_rest, state_negative.layers[1].o_rest)
     unguided, (state, state_negative) = sample_small("wan", model, (4, 8, 8), sparsity, (prompt, prompt))
-    assert torch.equal(state.past[-1][1], state_negative.past[-1][1]) and not torch.equal(unguided, x)   # equal: equal
+    assert torch.equal(state.last[1], state_negative.last[1]) and not torch.equal(unguided, x)   # equal: equal
 
 
 def test_hunyuan_is_sparse_in_the_videos_rows_alone():

@@ -10,9 +10,9 @@
     python bench.py kernels    how fast the kernels are on this GPU, against the framework's fastest dense ones
     torchrun --nproc_per_node 2 bench.py speed     how long the steps take on several GPUs, and what their talk takes
 
-All but presets and kernels take --model wan and --model hunyuan as well. score, caching and frontier draw captions
-whose combination of colour, shape and relation or motion was held out of training; score looks for what they ask for in
-the pixels (scenes.py).
+All but presets and kernels take --model wan and --model hunyuan as well; python bench.py score --help and so on have
+their flags. score, caching and frontier draw captions whose combination of colour, shape and relation or motion was
+held out of training; score looks for what they ask for in the pixels (scenes.py).
 """
 import interrupt
 if __name__ == "__main__":
@@ -526,12 +526,6 @@ def real_model(args):
     """-> name and Config of the real model that the flags choose, and the GPU. Raises Fail if there is none."""
     if args.frames and args.model == "flux":
         raise cli.Fail("flux makes pictures; --frames is for --model wan and hunyuan")
-    device = cli.pick_device(args.device)
-    if device.type != "cuda":
-        raise cli.Fail(f"python bench.py {args.table} needs a GPU: the real models take hours on a CPU")
-    if args.memory:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * args.memory / total))
     program, name, _ = REAL[args.model]
     name = args.size or name
     if name not in program.CONFIGS:
@@ -539,6 +533,12 @@ def real_model(args):
     config = program.CONFIGS[name]
     if config.steps < 8:
         raise cli.Fail(f"{name} takes {config.steps} steps, too few to see every kind; dev's steps take as long")
+    device = cli.pick_device(args.device)
+    if device.type != "cuda":
+        raise cli.Fail(f"python bench.py {args.table} needs a GPU: the real models take hours on a CPU")
+    if args.memory:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * args.memory / total))
     return name, replace(config, frames=args.frames) if args.frames else config, device
 
 
@@ -808,27 +808,33 @@ def kernels(args):
             "medians of CUDA graph replays)")
 
 
+TABLES = {score: "model captions device", caching: "model captions steps device", frontier: "model captions device",
+          presets: "", speed: "model size frames offload memory device",
+          whole: "model size frames preset offload memory device", kernels: ""}          # and their flags
+FLAGS = {"model": {"choices": list(DRAW), "default": "flux", "help": "(default: flux)"},
+         "captions": {"type": cli.number(int, 1, 10_000), "default": 200, "help": "how many (default: 200)"},
+         "steps": {"type": cli.number(int, 2, 1_000), "help": "(default: the model's 50)"},
+         "size": {"help": "which real model, like 14b (default: dev, 1.3b, 720p)"},
+         "frames": {"type": cli.number(*cli.RANGES["frames"]),
+                    "help": "of a video (default: the model's; speed: 33 of hunyuan's 129)"},
+         "preset": {"choices": list(flux_chipmunk.CONFIGS["tiny"].presets), "default": "columns",
+                    "help": "(default: columns)"},
+         "offload": {"choices": cli.OFFLOADS, "help": "as in the programs"},
+         "memory": {"type": cli.number(float, 1, 10_000),
+                    "help": "GB of the GPU that may be used, as if it were a smaller one"},
+         "device": {"help": "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"}}
+
+
 def main():
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["score", "caching", "frontier", "presets", "speed", "whole", "kernels"])
-    parser.add_argument("--model", choices=list(DRAW), default="flux",
-                        help="of all but presets and kernels (default: flux)")
-    parser.add_argument("--captions", type=cli.number(int, 1, 10_000), default=200,
-                        help="of score, caching and frontier (default: 200)")
-    parser.add_argument("--steps", type=cli.number(int, 2, 1_000), help="of caching (default: the model's 50)")
-    parser.add_argument("--frames", type=cli.number(*cli.RANGES["frames"]),
-                        help="of speed and whole for videos (default: the model's; speed: 33 of hunyuan's 129)")
-    parser.add_argument("--size", help="of speed and whole: which real model, like 14b (default: dev, 1.3b, 720p)")
-    parser.add_argument("--preset", choices=list(flux_chipmunk.CONFIGS["tiny"].presets), default="columns",
-                        help="of whole (default: columns)")
-    parser.add_argument("--offload", choices=cli.OFFLOADS, help="of speed and whole: as in the programs")
-    parser.add_argument("--memory", type=cli.number(float, 1, 10_000),
-                        help="of speed and whole: GB of the GPU that may be used, as if it were a smaller one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE", help="its --help has its flags")
+    for table, flags in TABLES.items():
+        parse_table = tables.add_parser(table.__name__)
+        parse_table.set_defaults(make=table)
+        for flag in flags.split():
+            parse_table.add_argument(f"--{flag}", **FLAGS[flag])
     args = parser.parse_args()
-    tables = {"score": score, "caching": caching, "frontier": frontier, "presets": presets, "speed": speed,
-              "whole": whole, "kernels": kernels}
-    tables[args.table](args)
+    args.make(args)
 
 
 if __name__ == "__main__":

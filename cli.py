@@ -210,10 +210,7 @@ def fill(settings, configs):
         sparsity = preset(config, settings.preset, settings.steps)
     else:
         check_sparsity(sparsity, settings.steps)
-    device = settings.device
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = pick_device(device)
+    device = pick_device(settings.device)
     small = settings.model == "tiny" and device.type == "cpu"
     dtype = ("float32" if small else "bfloat16") if settings.dtype is None else settings.dtype
     if isinstance(dtype, str):
@@ -236,8 +233,12 @@ def preset(config, name, steps):
     sparsity = fit_steps(config.presets[name], steps, config.steps)
     if relative_time(make_plan(steps, sparsity), config.costs) < 1:
         return sparsity
-    note(f"in {steps} steps, preset {name} is not faster than dense; so nothing is reused")
+    note(f"in {count(steps)}, preset {name} is not faster than dense; so nothing is reused")
     return None
+
+
+def count(steps):
+    return f"{steps} step{'s' * (steps != 1)}"
 
 
 def check_sparsity(sparsity, steps):
@@ -263,7 +264,9 @@ def round_size(name, pixels, multiple=16):
 
 
 def pick_device(text):
-    """cpu or a CUDA GPU -> torch.device. Raises Fail if it is not there."""
+    """cpu or a CUDA GPU; None: a GPU if there is one -> torch.device. Raises Fail if it is not there."""
+    if text is None:
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(text)
         if device.type == "cuda" and device.index is None and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -301,6 +304,14 @@ def check_prompt(prompt, negative_prompt=None):
         (prompt + (negative_prompt or "")).encode()
     except UnicodeEncodeError:
         raise Fail("the prompt is no valid UTF-8; check the terminal's encoding") from None
+
+
+def note_unknown_words(tokenizer, prompts):
+    """Say which words an embedded model has never seen: its tokenizer has a token for each word of its world."""
+    words = dict.fromkeys(re.findall("[a-z]+", " ".join(prompts).lower()))
+    unknown = [word for word in words if tokenizer.token_to_id(f"▁{word}") is None]
+    if unknown:
+        note(f"the tiny model does not know {', '.join(unknown[:5])}; README.md has the words of its small world")
 
 # ---------------------------------------------------------------------------------------------------------
 # flags
@@ -412,7 +423,7 @@ def parse(parser, configs, show_need):
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
     if args.compare and all(step.mode == "dense" for step in plan):
-        raise Fail(f"nothing to compare: in {steps} steps this is the dense model; take more --steps or other flags")
+        raise Fail(f"nothing to compare: in {count(steps)} this is the dense model; take more --steps or other flags")
     note_idle_flags(args, sparsity, plan)
     if args.show_plan:
         show_plan(plan)

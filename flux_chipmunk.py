@@ -726,6 +726,8 @@ def encode_prompts(prompts, config, folder, device, dtype):
     for name, cut in ("T5", t5_cut), ("CLIP", clip_cut):
         if max(cut):
             cli.note(f"the prompt is too long for {name}: its last {max(cut)} tokens were cut")
+    if isinstance(config.weights, Path):                             # embedded
+        cli.note_unknown_words(t5_tokenizer, prompts)
     t5 = load_part("t5", config, folder, device, dtype)
     text = t5(t5_ids.to(device))                                                 # (B, T, text_dim)
     del t5
@@ -821,7 +823,7 @@ def main():
         return
     pictures, reports = zip(*results)
     out = media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings), new=args.out is None)
-    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.steps} steps, seed {settings.seed}, "
+    cli.say(f"{out}: {settings.width}x{settings.height}, {cli.count(settings.steps)}, seed {settings.seed}, "
             f"{time.perf_counter() - start:.1f} s")
     ours = reports[-1]
     if settings.compile:

@@ -809,6 +809,8 @@ def encode_prompts(prompts, config, folder, device, dtype):
     for name, cut in ("Llama", llama_cut), ("CLIP", clip_cut):
         if max(cut):
             cli.note(f"the prompt is too long for {name}: its last {max(cut)} tokens were cut")
+    if isinstance(config.weights, Path):                             # embedded
+        cli.note_unknown_words(llama_tokenizer, prompts)
     half = torch.float16 if dtype == torch.bfloat16 else dtype
     llama = load_part("llama", config, folder, device, half)
     text, mask = encode_text(llama, llama_ids.to(device), mask.to(device), config.crop)  # (B, T, text_dim), (B, T)
@@ -899,7 +901,7 @@ def main():
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
         video = torch.cat([dense, ours], dim=3)
     out = media.write_video(out, video, settings.fps, cli.describe(args, settings), new=args.out is None)
-    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
+    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {cli.count(settings.steps)}, "
             f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
     if settings.compile:
         cli.note(f"compiling took {compile_seconds():.1f} s")

@@ -2604,11 +2604,23 @@ def test_a_whole_run_by_columns_notes_all_that_a_plan_can_need(monkeypatch, tmp_
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="here is one")
 @pytest.mark.parametrize("table, says", [(["speed"], "needs a GPU"), (["kernels"], "needs a GPU"),
-                                         (["speed", "--frames", "5"], "flux makes pictures")])
+                                         (["speed", "--frames", "5"], "flux makes pictures"),
+                                         (["whole", "--size", "15b"], "no --size '15b' of flux; choose from")])
 def test_tables_that_cannot_be_made_say_so(monkeypatch, table, says):
     monkeypatch.setattr(sys, "argv", ["bench.py", *table])
     with pytest.raises(cli.Fail, match=says):
         bench.main()
+
+
+@pytest.mark.parametrize("table", [["presets", "--model=wan"], ["kernels", "--device=cpu"], ["score", "--steps=20"],
+                                   ["speed", "--captions=20"], []])
+def test_a_table_takes_its_own_flags_alone(monkeypatch, capsys, table):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *table])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    error, = capsys.readouterr().err.splitlines()
+    assert error == (f"error: unrecognized arguments: {table[1]}; see --help" if table else
+                     "error: the following arguments are required: TABLE; see --help")
 
 # =========================================================================================================
 # Faults: what users of such programs report, each kind once
@@ -3386,6 +3398,14 @@ def test_hunyuan_reads_a_single_frames_prompt_as_an_images(monkeypatch, frames, 
     (text, length), (clip_text, _) = read
     assert f"Describe the {kind} by" in text and PROMPT in text and clip_text == PROMPT
     assert length == tiny.text_length + {"image": 36, "video": 95}[kind]
+
+
+@each_model
+def test_words_outside_the_tiny_models_world_are_said(name, call, tmp_path):
+    given = SHORT[name] | {"steps": 1, "out": tmp_path / "a.png"}
+    assert call(name, "--dense", prompt="A Red fish, on a blue background!", **given)[2] == []
+    said, = call(name, "--dense", prompt="a red cat on the moon, a Cat", **given)[2]
+    assert said == "note: the tiny model does not know cat, moon; README.md has the words of its small world"
 
 
 def test_no_more_than_everything_is_recomputed(call, tmp_path):

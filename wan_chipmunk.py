@@ -696,6 +696,8 @@ def encode_prompts(prompts, config, folder, device, dtype):
     ids, mask, cut = tokenize(tokenizer, prompts, config.text_length, 0)                         # (B, L)
     if max(cut):
         cli.note(f"the prompt is too long for UMT5: its last {max(cut)} tokens were cut")
+    if isinstance(config.weights, Path):                             # embedded
+        cli.note_unknown_words(tokenizer, prompts)
     mask = mask.to(device)
     umt5 = load_part("umt5", config, folder, device, dtype)
     return umt5(ids.to(device), mask) * mask[..., None]                                          # (B, L, text_dim)
@@ -780,7 +782,7 @@ def main():
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
         video = torch.cat([dense, ours], dim=3)
     out = media.write_video(out, video, settings.fps, cli.describe(args, settings), new=args.out is None)
-    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {settings.steps} steps, "
+    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {cli.count(settings.steps)}, "
             f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
     if settings.compile:
         cli.note(f"compiling took {compile_seconds():.1f} s")

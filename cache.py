@@ -70,18 +70,20 @@ WRITTEN = {"measure": FOR_SPARSE, "refresh": ("o_rest", "drift", "act", "out"), 
 class ModelState:
     """One generation's memory, or one guidance branch's if there are two. A new generation makes a new one."""
     layers: list                     # LayerState, or None for a layer that is always dense
-    extrapolate: float | None        # Sparsity's
+    sparsity: Sparsity
     last: tuple = ()                 # the last computed step's number, and what went into the final layer, (B, N, C)
     trend: torch.Tensor = None       # (B, N, C) how far that went in a step, since the computed step before
     gain: float | torch.Tensor = 0.0 # the share of the trend to go on by; (B, N, 1) if it is measured
     memory: object = None            # offload.HostMemory, if some layers' caches live on the host
 
     def remember(self, step, hidden):
-        """What went into the final layer at a computed step."""
-        if self.last and self.extrapolate != 0:
+        """What went into the final layer at a computed step, if any step is skipped."""
+        if not self.sparsity.skip:
+            return
+        if self.last and self.sparsity.extrapolate != 0:
             index, before = self.last
             trend = (hidden - before) / (step.index - index)
-            self.gain = explained(trend, self.trend) if self.extrapolate is None else self.extrapolate
+            self.gain = explained(trend, self.trend) if self.sparsity.extrapolate is None else self.sparsity.extrapolate
             self.trend = trend
         self.last = step.index, hidden
 
@@ -109,7 +111,7 @@ def make_state(layers, sparsity, pooled_columns, static, seed, device):
     most = 0 if static is None else int(static.sum(-1).max())
     states = [LayerState(sparsity, pooled_columns, static, most, (seed * layers + i) % 2**31,
                          *torch.zeros(2, device=device)) for i in range(dense, layers)]
-    return ModelState([None] * dense + states, sparsity.extrapolate)
+    return ModelState([None] * dense + states, sparsity)
 
 
 def chipmunk_attention(q, k, v, layer_state, step):

@@ -998,7 +998,7 @@ def test_relative_costs_are_the_measured_ones():
 
 def test_skipped_steps_repeat_the_last_or_go_on_as_the_last_two_did():
     for extrapolate, expected in (0, 5.0), (0.5, 6.5), (1.0, 8.0):
-        state = make_state(1, Sparsity(delta="none", extrapolate=extrapolate), 4, None, 0, DEVICE)
+        state = make_state(1, Sparsity(delta="none", skip=(9,), extrapolate=extrapolate), 4, None, 0, DEVICE)
         state.remember(Step(3, "dense"), torch.full((1, 4, 2), 7.0))
         assert (state.recall(Step(9, "skip")) == 7).all()                   # one tells no direction
         state.remember(Step(4, "dense"), torch.full((1, 4, 2), 3.0))
@@ -1010,7 +1010,7 @@ def test_a_measured_gain_is_what_the_trend_before_explains_of_each_token():
     hidden = torch.zeros(5, 1, 4, 2, dtype=torch.float64, device=DEVICE)    # of five steps (B, N, C)
     hidden[1] = torch.tensor([2.0, 0.0])                                    # the first trend: along the first channel
     hidden[2] = hidden[1] + torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 3**0.5], [-1.0, 0.0]])
-    state = make_state(1, Sparsity(delta="none", extrapolate=None), 4, None, 0, DEVICE)
+    state = make_state(1, Sparsity(delta="none", skip=(3,), extrapolate=None), 4, None, 0, DEVICE)
     for i in range(2):
         state.remember(Step(i, "dense"), hidden[i])
     torch.testing.assert_close(state.recall(Step(3, "skip")), hidden[1])    # one trend is not known to last

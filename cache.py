@@ -95,7 +95,7 @@ class ModelState:
 
 def explained(trend, before):
     """How much of each token's trend (B, N, C) the one before it explains: the square of their cosine, 0 if they point
-    apart or there is none before. -> (B, N, 1) in 0..1"""
+    apart. -> (B, N, 1) in 0..1; 0.0 if there is none before"""
     if before is None:
         return 0.0
     return F.cosine_similarity(trend, before, dim=-1)[..., None].clamp(min=0).square()

@@ -97,7 +97,7 @@ def all_but(computed, steps=50):
 
 def make_presets(columns):
     """A model's presets: `columns`, which skips none, and three that skip steps alone, which is closer to dense at the
-    same speed, or nearly so (frontiers in results.md). -> {name: Sparsity}, for 50 steps"""
+    same speed (frontiers in results.md). -> {name: Sparsity}, for 50 steps"""
     caching = replace(columns, delta="none")
     return {"columns": columns, "quality": replace(caching, skip=all_but(30)),
             "balanced": replace(caching, skip=all_but(20)), "fast": replace(caching, skip=all_but(12))}

@@ -2548,7 +2548,8 @@ def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
             return float(row[column].split(" s")[0])
         known = times[name][way]
         assert {row[0]: seconds(row) for row in kinds} == pytest.approx(known, abs=1e-3)
-        assert list(known) == ["dense model", "dense", "measure", "sparse", "refresh", "skip"]
+        more = [bench.MANY_SPARSE] if name == "flux" else []                # the others' MLPs are dense
+        assert list(known) == ["dense model", "dense", "measure", "sparse", "refresh", "skip", *more]
         dense_total = 8 * known["dense model"]
         assert abs(seconds(all_dense) - dense_total) < 0.1
         for row, preset in zip(presets, plans, strict=True):
@@ -2569,6 +2570,13 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     times = known["eager"]
     dense, balanced = 50 * times["dense model"], 20 * times["dense model"] + 30 * times["skip"]
     assert f"| {dense:.1f} s (" in rows[0] and f"| {dense / balanced:.2f}x (" in rows[0]
+
+
+def test_sparse_steps_with_more_of_the_mlp_have_a_time_of_their_own():
+    times = json.loads(bench.STEP_TIMES.read_text())["flux"]["eager"]
+    ours, many = (bench.run_seconds(50, replace(flux_chipmunk.FLUX_COLUMNS, mlp_keep=keep), times)
+                  for keep in (flux_chipmunk.FLUX_COLUMNS.mlp_keep, bench.MANY))
+    assert many - ours == pytest.approx(40 * (times[bench.MANY_SPARSE] - times["sparse"])) and many > ours
 
 
 @each_model

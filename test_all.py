@@ -1779,7 +1779,7 @@ def test_unipc_equals_diffusers(diffusers, steps, shift):
 # =========================================================================================================
 # The programs: the same promises for all three
 
-PROMPT = "a red circle moves up on a blue background"
+PROMPT = "a red circle on a blue background"
 SHORT = {"flux": {"width": 128, "height": 96, "steps": 4}}
 SHORT["wan"] = SHORT["hunyuan"] = {"width": 80, "height": 64, "frames": 5, "steps": 4}
 SPARSE = {"preset": "columns", "full_steps": "1,", "skip_steps": 3}

@@ -108,7 +108,12 @@ def layer_bytes(layer, names=None):
 def state_bytes(state):
     """Bytes that a ModelState remembers."""
     layers = [layer for layer in state.layers if layer is not None]
-    return sum(map(layer_bytes, layers)) + sum(x.nbytes for x in (*state.last[1:], state.trend) if x is not None)
+    return sum(map(layer_bytes, layers)) + trend_bytes(state)
+
+
+def trend_bytes(state):
+    """Bytes of them that are for skipped steps."""
+    return sum(x.nbytes for x in (*state.last[1:], state.trend) if x is not None)
 
 
 def weight_bytes(module):
@@ -149,7 +154,7 @@ def find_need(model, blocks, kinds, sparsity, state, share, forward, branches=1)
     activations, weights = rehearse_steps(forward, state), tuple(map(weight_bytes, blocks))
     caches, others = (), 0
     if state:
-        others = sum(x.nbytes for x in (*state.last[1:], state.trend) if x is not None)
+        others = trend_bytes(state)
     if state and state.layers[0]:
         layers = [state.layers[kind] for kind in kinds[sparsity.dense_layers:]]
         caches = tuple(int(share * layer_bytes(layer, FOR_SPARSE)) for layer in layers)

@@ -233,12 +233,12 @@ def preset(config, name, steps):
     sparsity = fit_steps(config.presets[name], steps, config.steps)
     if relative_time(make_plan(steps, sparsity), config.costs) < 1:
         return sparsity
-    note(f"in {count(steps)}, preset {name} is not faster than dense; so nothing is reused")
+    note(f"in {count(steps, 'step')}, preset {name} is not faster than dense; so nothing is reused")
     return None
 
 
-def count(steps):
-    return f"{steps} step{'s' * (steps != 1)}"
+def count(n, noun):
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def check_sparsity(sparsity, steps):
@@ -308,7 +308,7 @@ def check_prompt(prompt, negative_prompt=None):
 
 def note_unknown_words(tokenizer, prompts):
     """Say which words an embedded model has never seen: its tokenizer has a token for each word of its world."""
-    words = dict.fromkeys(re.findall("[a-z]+", " ".join(prompts).lower()))
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+(?:['’]\w+)?", " ".join(prompts).lower()))
     unknown = [word for word in words if tokenizer.token_to_id(f"▁{word}") is None]
     if unknown:
         note(f"the tiny model does not know {', '.join(unknown[:5])}; README.md has the words of its small world")
@@ -423,7 +423,8 @@ def parse(parser, configs, show_need):
     if args.dense and args.compare:
         raise Fail("--dense and --compare exclude each other; --compare draws both")
     if args.compare and all(step.mode == "dense" for step in plan):
-        raise Fail(f"nothing to compare: in {count(steps)} this is the dense model; take more --steps or other flags")
+        raise Fail(f"nothing to compare: in {count(steps, 'step')} this is the dense model; take more --steps or other "
+                   "flags")
     note_idle_flags(args, sparsity, plan)
     if args.show_plan:
         show_plan(plan)

@@ -823,7 +823,7 @@ def main():
         return
     pictures, reports = zip(*results)
     out = media.write_png(out, torch.cat(pictures, dim=2), cli.describe(args, settings), new=args.out is None)
-    cli.say(f"{out}: {settings.width}x{settings.height}, {cli.count(settings.steps)}, seed {settings.seed}, "
+    cli.say(f"{out}: {settings.width}x{settings.height}, {cli.count(settings.steps, 'step')}, seed {settings.seed}, "
             f"{time.perf_counter() - start:.1f} s")
     ours = reports[-1]
     if settings.compile:

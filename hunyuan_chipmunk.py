@@ -901,8 +901,8 @@ def main():
         dense, ours = (torch.stack(list(frames)) for frames in videos)           # (frames, 3, height, width) each
         video = torch.cat([dense, ours], dim=3)
     out = media.write_video(out, video, settings.fps, cli.describe(args, settings), new=args.out is None)
-    cli.say(f"{out}: {settings.width}x{settings.height}, {settings.frames} frames, {cli.count(settings.steps)}, "
-            f"seed {settings.seed}, {time.perf_counter() - start:.1f} s")
+    cli.say(f"{out}: {settings.width}x{settings.height}, {cli.count(settings.frames, 'frame')}, "
+            f"{cli.count(settings.steps, 'step')}, seed {settings.seed}, {time.perf_counter() - start:.1f} s")
     if settings.compile:
         cli.note(f"compiling took {compile_seconds():.1f} s")
     if settings.sparsity:

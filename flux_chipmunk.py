@@ -123,7 +123,7 @@ CONFIGS = {
                                       shift=0.0),
         t5=T5Config(vocab=256, dim=96, heads=3, head_dim=32, ff=192, layers=2),
         clip=CLIPConfig(vocab=768, dim=64, heads=2, ff=256, layers=1),
-        text_length=128, size=512, steps=50, guidance=3.5, shift=(2.2, 2.85), presets=FLUX_PRESETS,
+        text_length=128, size=512, steps=50, guidance=4.5, shift=(2.2, 2.85), presets=FLUX_PRESETS,
         costs=FLUX_COSTS),
     "schnell": Config(
         weights="black-forest-labs/FLUX.1-schnell", files=REAL_FILES | {"flux": ("flux1-schnell.safetensors",)},

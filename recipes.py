@@ -73,6 +73,7 @@ class Stage:
     text: int = 0              # tokens of text that a transformer reads; more are cut off
     guidance: float = 0.0      # the most that the student learns; 0: no distillation
     ema: float = 0.999         # decay of the averaged weights
+    more: tuple = ()           # shapes that its scenes show more often than the others
 
     @property
     def grid(self):
@@ -145,6 +146,7 @@ def hunyuan_velocity(painters, x, t, tokens, guidance, layout):
     return painters.hunyuan(x, t, text, pooled, guidance, layout, mask)
 
 
+HARDEST = "house", "house", "star"     # for FLUX.1 to learn, by what it drew wrong after its first guided stage
 RECIPES = {
     "flux": Recipe(
         program=flux_chipmunk, files={part: file for part, (file,) in flux_chipmunk.CONFIGS["tiny"].files.items()},
@@ -153,7 +155,10 @@ RECIPES = {
                 Stage("flow 128", 128, 60_000, 2048, 1_500, (1e-3, 1e-3), text=32),
                 Stage("flow 256", 256, 50_000, 512, 5_000, (1e-3, 1e-3), text=32),
                 Stage("flow 512", 512, 60_000, 256, 33_388, (1e-3, 2e-5), text=128),
-                Stage("guided 512", 512, 60_000, 256, 750, (3e-4, 0.0), text=128, guidance=5.0, ema=0.99)),
+                Stage("guided 512", 512, 60_000, 256, 750, (3e-4, 0.0), text=128, guidance=5.0, ema=0.99),
+                Stage("flow 512 again", 512, 60_000, 128, 21_925, (5e-4, 1e-5), text=128, more=HARDEST),
+                Stage("guided 512 again", 512, 60_000, 256, 750, (3e-4, 0.0), text=128, guidance=5.0, ema=0.99,
+                      more=HARDEST)),
         make_scene=scenes.make_scene, make_reader=flux_reader, velocity=flux_velocity,
         middle="single_blocks.1", text_first=True,
         encode=lambda autoencoder, pictures: autoencoder.encoder(pictures),

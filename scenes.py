@@ -110,15 +110,16 @@ def choose_surface(rng, shape=None):
     return rng.choice(SURFACES + 2 * ("plain",))
 
 
-def make_scene(rng, train=True, plain=False):
-    """A random scene. train: no held-out combination; else the first thing's is held out. plain: canonical wording."""
+def make_scene(rng, train=True, plain=False, more=()):
+    """A random scene. train: no held-out combination; else the first thing's is held out. plain: canonical wording;
+    more: shapes that it shows more often than others."""
     while True:
         count = rng.choice((1, 1, 2, 2, 2, 2, 3)) if not plain else rng.choice((1, 2, 2))
         relation = "" if count == 1 or (not plain and rng.random() < 0.1) else rng.choice(list(OPPOSITE))
         colours = rng.sample(list(COLOURS), count + 1)
         if count > 1 and rng.random() < 0.1:
             colours[1] = colours[0]                                  # two things may share a colour
-        shapes = [rng.choice(SHAPES) for _ in range(count)]
+        shapes = [rng.choice((*SHAPES, *more)) for _ in range(count)]
         drawn = list(zip(colours, shapes))
         if len(set(drawn)) < count:
             continue                                                 # two things alike: which is which?
@@ -149,12 +150,12 @@ def route(rng, size, motion):
             "grows": ((x, y, r), (x, y, most)), "shrinks": ((x, y, most), (x, y, r))}[PANS.get(motion, motion)]
 
 
-def make_moving_scene(rng, train=True, plain=False):
-    """A random scene for a video: one thing and what it does. train and plain as in make_scene."""
+def make_moving_scene(rng, train=True, plain=False, more=()):
+    """A random scene for a video: one thing and what it does. train, plain and more as in make_scene."""
     while True:
         colour, background = rng.sample(list(COLOURS), 2)
-        more = 2 * train * ("rotates",)                              # the hardest to learn
-        shape, motion = rng.choice(SHAPES), rng.choice((*MOTIONS, *PANS, *more))
+        turning = 2 * train * ("rotates",)                           # the hardest to learn
+        shape, motion = rng.choice((*SHAPES, *more)), rng.choice((*MOTIONS, *PANS, *turning))
         if held_out(colour, shape, motion) == train or motion == "rotates" and shape in ROUND:
             continue
         sizes = ("", "", "large") if motion == "rotates" else ("", "", *SIZES)   # turning is hard to see in the small

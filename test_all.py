@@ -2311,6 +2311,16 @@ def test_scenes_are_seen_as_they_are_drawn():
     assert scenes.held_out(unseen.things[0].colour, unseen.things[0].shape, unseen.relation)
 
 
+@pytest.mark.parametrize("make_scene", [scenes.make_scene, scenes.make_moving_scene])
+def test_scenes_show_some_shapes_more_often(make_scene):
+    def stars(**how):
+        rng = random.Random(4)
+        shapes = [thing.shape for _ in range(300) for thing in make_scene(rng, **how).things]
+        return shapes.count("star") / len(shapes)
+    assert stars() == pytest.approx(1 / 13, abs=0.04)
+    assert stars(more=("star",) * 7) == pytest.approx(8 / 20, abs=0.08)
+
+
 def test_two_things_that_touch_are_seen_apart():
     templates = scenes.turned_shapes(CPU)
     things = (scenes.Thing("orange", "mushroom", "", 0.66, 0.5, 0.18, "furry"),
@@ -2487,7 +2497,8 @@ def test_processes_that_train_together_draw_their_own_scenes_and_end_with_the_sa
     assert "trained in" in said[0] and "on 2 x " in said[0] and not said[1]
     for file in recipe.files.values():
         assert (folder / file).read_bytes() == (work / "process 1" / "weights" / file).read_bytes()
-    drawn = [torch.load(place / "latents 32, 0 frames, 2 processes.pt") for place in (work, work / "process 1")]
+    drawn = "latents 32 house house star, 0 frames, 2 processes.pt"
+    drawn = [torch.load(place / drawn) for place in (work, work / "process 1")]
     assert [len(captions) for _, _, captions in drawn] == [3, 3]
     assert not set(drawn[0][2]) & set(drawn[1][2]) and not torch.equal(drawn[0][0], drawn[1][0])
     first, second = ((tmp_path / f"{rank}.times").read_text().splitlines() for rank in range(2))

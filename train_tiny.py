@@ -14,7 +14,8 @@ The recipe of each is a list of stages (recipes.py), which one loop (train_stage
                       can foresee, and would drown the few pixels by which a fish differs from a heart
     3. guided         FLUX.1-dev's and HunyuanVideo's guidance distillation: the student with guidance g in its input
                       learns v_empty + g (v_prompt - v_empty) of the frozen model of stage 2, for g from 1 up
-                      (Wan2.1 computes that sum at every step of sampling instead)
+                      (Wan2.1 computes that sum at every step of sampling instead). FLUX.1's does 2 and 3 once more,
+                      on other scenes: 2 teaches what g = 1 means
 
 Interrupt it and run it again: it goes on from its last checkpoint (train/MODEL), as if nothing had happened. What a
 step does depends on its number alone. Beside the checkpoints lie sheets of samples (PNG), drawn by averaged weights.
@@ -221,7 +222,7 @@ def show(some, stage, device):
 def show_all(recipe, stage, rng, device):
     """Makes this process's share of a stage's scenes, many at a time. -> (the scenes, their pictures or videos), ..."""
     rank, processes = place()
-    own = [recipe.make_scene(rng) for _ in range(stage.scenes)][rank::processes]
+    own = [recipe.make_scene(rng, more=stage.more) for _ in range(stage.scenes)][rank::processes]
     batch = min(1024, max(1, 512 * 256**2 // (stage.size**2 * max(1, stage.frames))))        # a few gigabytes of noise
     for i in tqdm(range(0, len(own), batch), f"{stage.name}: scenes", mininterval=2):
         yield own[i:i + batch], show(own[i:i + batch], stage, device)
@@ -320,7 +321,8 @@ def autoencoder_stage(recipe, autoencoder, stage, held_out, device):
 def cache_latents(recipe, autoencoder, stage, work, device):
     """-> latents (n, z, ..., size / 8, size / 8) in half precision; outlines (n, N, 48), bytes; n captions. outlines:
     of each token 4 x 4 colours of the same scene without surfaces. Kept in a file for the next start."""
-    file = work / f"latents {stage.size}, {stage.frames} frames, {place()[1]} processes.pt"
+    which = " ".join(("latents", str(stage.size), *stage.more))
+    file = work / f"{which}, {stage.frames} frames, {place()[1]} processes.pt"
     if not file.exists():
         latents, outlines, captions = [], [], []
         for some, pictures in show_all(recipe, stage, random.Random(stage.size), device):

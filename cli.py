@@ -399,7 +399,7 @@ def make_parser(doc, configs, video=False):
     add("--preset", choices=list(configs["tiny"].presets),
         help="how much to recompute; what follows changes it (default: balanced)")
     add("--delta", choices=DELTAS,
-        help="how the remembered part of attention is added (cache.py); none: no sparse steps")
+        help="what a sparse step computes anew of attention (cache.py); none: no sparse steps")
     add("--attn-keys", type=number(float, 0, 1), metavar="SHARE",
         help="attention columns recomputed at a sparse step, 0 to 1")
     add("--full-steps", type=full_steps, metavar="N|LIST",

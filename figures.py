@@ -360,7 +360,7 @@ def attention_example():
         state = make_state(1, sparsity, 5, None, 0, "cpu").layers[0]
         for i, (mode, qkv) in enumerate((("dense", then), ("measure", then), ("sparse", now))):
             result = chipmunk_attention(*qkv, state, Step(i, mode))
-        o_S, o_S_now = o - state.o_rest, result - state.o_rest       # "pooled": of S and the mean of the other columns
+        o_S, o_S_now = o - state.o_rest, result - state.o_rest       # "pooled": of S and the mean of all
         cli.say(f"\n{delta}: S = {state.columns[0, 0, 0, :int(state.counts)].tolist()}")
         say("o_S, measure step", o_S[..., 0])
         say("o_rest", state.o_rest[..., 0])

@@ -102,8 +102,8 @@ FILES = {"umt5": "text_encoder/model.safetensors", "wan": "transformer/diffusion
 VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 4x6x8
 
 # As many columns as in the original's preset. Full steps are evenly spread: the drift is taken over as many steps as it
-# is used for. How far a skipped step goes on is measured: 0.8 of the trend spoils things, and to repeat is
-# farther from dense, but for `fast`, whose trends are over too many steps (results.md).
+# is used for. How far a skipped step goes on is measured: 0.8 of the trend spoils things, and to repeat is farther from
+# dense. The trends of `fast` are over too many steps: a measured share spoils things there, too (results.md).
 WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", full=6, choose=2, extrapolate=None)
 WAN_PRESETS = make_presets(WAN_COLUMNS)
 WAN_PRESETS |= {"fast": replace(WAN_PRESETS["fast"], extrapolate=0)}

@@ -91,7 +91,7 @@ class Recipe:
     painters: tuple            # the parts that are trained together: the transformer and its text encoders
     zero: str                  # pattern of the transformer's parameters that start at zero: blocks that do nothing yet
     stages: tuple              # of Stage: the autoencoder's, then the painters'
-    make_scene: Callable       # (rng, train, plain) -> Scene
+    make_scene: Callable       # (rng, train, plain, more) -> Scene
     make_reader: Callable      # (folder, captions, config), writes tokenizers -> read(B prompts, length) -> (B, L), ...
     encode: Callable           # (autoencoder, pictures) -> mean and log variance of the latents (B, 2 z, ...)
     make_layout: Callable      # (config, stage, device) -> the model's layout
@@ -147,6 +147,7 @@ def hunyuan_velocity(painters, x, t, tokens, guidance, layout):
 
 
 HARDEST = "house", "house", "star"     # for FLUX.1 to learn, by what it drew wrong after its first guided stage
+
 RECIPES = {
     "flux": Recipe(
         program=flux_chipmunk, files={part: file for part, (file,) in flux_chipmunk.CONFIGS["tiny"].files.items()},

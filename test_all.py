@@ -2311,14 +2311,17 @@ def test_scenes_are_seen_as_they_are_drawn():
     assert scenes.held_out(unseen.things[0].colour, unseen.things[0].shape, unseen.relation)
 
 
-@pytest.mark.parametrize("make_scene", [scenes.make_scene, scenes.make_moving_scene])
-def test_scenes_show_some_shapes_more_often(make_scene):
-    def stars(**how):
-        rng = random.Random(4)
-        shapes = [thing.shape for _ in range(300) for thing in make_scene(rng, **how).things]
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_stage_shows_some_shapes_more_often(name):
+    recipe = train_tiny.RECIPES[name]
+
+    def stars(more):
+        stage = replace(recipe.stages[-1], size=16, scenes=150, more=more)
+        shown = train_tiny.show_all(recipe, stage, random.Random(4), CPU)
+        shapes = [thing.shape for some, _ in shown for scene in some for thing in scene.things]
         return shapes.count("star") / len(shapes)
-    assert stars() == pytest.approx(1 / 13, abs=0.04)
-    assert stars(more=("star",) * 7) == pytest.approx(8 / 20, abs=0.08)
+    assert stars(()) == pytest.approx(1 / 13, abs=0.06)
+    assert stars(("star",) * 7) == pytest.approx(8 / 20, abs=0.1)
 
 
 def test_two_things_that_touch_are_seen_apart():

@@ -71,31 +71,31 @@ class ModelState:
     """One generation's memory, or one guidance branch's if there are two. A new generation makes a new one."""
     layers: list                     # LayerState, or None for a layer that is always dense
     sparsity: Sparsity
-    last: tuple = ()                 # the last computed step's number, and what went into the final layer, (B, N, C)
-    trend: torch.Tensor = None       # (B, N, C) how far that went in a step, since the computed step before
+    last: tuple = ()                 # the last computed step's number, and the velocity there, (B, N, channels)
+    trend: torch.Tensor = None       # likewise: how far that went in a step, since the computed step before
     gain: float | torch.Tensor = 0.0 # the share of the trend to go on by; (B, N, 1) if it is measured
     memory: object = None            # offload.HostMemory, if some layers' caches live on the host
 
-    def remember(self, step, hidden):
-        """What went into the final layer at a computed step, if any step is skipped."""
+    def remember(self, step, v):
+        """The velocity of a computed step, if any step is skipped."""
         if not self.sparsity.skip:
             return
         if self.last and self.sparsity.extrapolate != 0:
             index, before = self.last
-            trend = (hidden - before) / (step.index - index)
+            trend = (v - before) / (step.index - index)
             self.gain = explained(trend, self.trend) if self.sparsity.extrapolate is None else self.sparsity.extrapolate
             self.trend = trend
-        self.last = step.index, hidden
+        self.last = step.index, v
 
     def recall(self, step):
-        """What would go into the final layer at a skipped step: what did last, and beyond it a share of the trend."""
-        index, hidden = self.last
-        return hidden if self.trend is None else hidden + self.gain * (step.index - index) * self.trend
+        """The velocity of a skipped step: the last one, and beyond it a share of the trend."""
+        index, v = self.last
+        return v if self.trend is None else v + self.gain * (step.index - index) * self.trend
 
 
 def explained(trend, before):
-    """How much of each token's trend (B, N, C) the one before it explains: the square of their cosine, 0 if they point
-    apart. -> (B, N, 1) in 0..1; 0.0 if there is none before"""
+    """How much of each token's trend (B, N, channels) the one before it explains: the square of their cosine, 0 if they
+    point apart. -> (B, N, 1) in 0..1; 0.0 if there is none before"""
     if before is None:
         return 0.0
     return F.cosine_similarity(trend, before, dim=-1)[..., None].clamp(min=0).square()

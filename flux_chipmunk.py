@@ -102,11 +102,11 @@ class Config:
 
 
 # As many of attention's columns as in the original's preset for FLUX.1-dev, but a third of its 30 % of the MLP's: that
-# and more full steps is closer to dense at the same speed, from 1.26x on (results.md). A drift takes memory and
+# and more full steps is closer to dense at the same speed, from 1.28x on (results.md). A drift takes memory and
 # time, and is no closer (method.md, part 3).
 FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.10, delta="pooled", full=6, drift=False)
 FLUX_PRESETS = make_presets(FLUX_COLUMNS)
-FLUX_COSTS = {"dense": 0.98, "measure": 1.38, "refresh": 1.14, "sparse": 0.72, "skip": 0.009}
+FLUX_COSTS = {"dense": 0.97, "measure": 1.35, "refresh": 1.13, "sparse": 0.75, "skip": 0.003}
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
               "t5": tuple(f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2))}
@@ -340,17 +340,16 @@ class Flux(nn.Module):
         state: a ModelState to run Chipmunk with (after lay_out_for_deltas); step: what to do now. None: plain dense.
         -> (B, N, channels)
         """
+        if step is not None and step.skip:
+            return state.recall(step)                                # step caching: nothing runs
         vec = self.time_in(sinusoid(t)) + self.vector_in(pooled)     # (B, C)
         if self.config.guidance:
             vec = vec + self.guidance_in(sinusoid(guidance))
-        if step is None or not step.skip:
-            hidden = self.blocks(x, text, vec, layout, state, step)  # (B, N, C)
-            if state is not None:
-                state.remember(step, hidden)
-        else:                                                        # step caching: only the final layer runs
-            hidden = state.recall(step)
-        out = self.final_layer(hidden, vec)                          # (B, N, channels)
-        return gather_rows(layout.single_ranks, out, text.shape[1], x.shape[1])[:, layout.inverse]
+        out = self.final_layer(self.blocks(x, text, vec, layout, state, step), vec)      # (B, N, channels)
+        out = gather_rows(layout.single_ranks, out, text.shape[1], x.shape[1])[:, layout.inverse]
+        if state is not None:
+            state.remember(step, out)
+        return out
 
     @property
     def all_blocks(self):

@@ -414,18 +414,17 @@ class Hunyuan(nn.Module):
         """
         if mask is not None and state is not None:
             raise ValueError("no mask with a state: cut the padding off")
+        if step is not None and step.skip:
+            return unpatchify(state.recall(step), layout.grid)       # step caching: nothing runs
         embed = self.time_text_embed
         vec = embed.timestep_embedder(sinusoid(t)) + embed.guidance_embedder(sinusoid(guidance))
         vec = vec + embed.text_embedder(pooled)                                  # (B, C)
-        if step is None or not step.skip:
-            hidden = self.blocks(x, t, text, vec, layout, mask, state, step)     # (B, N, C)
-            if state is not None:
-                state.remember(step, hidden)
-        else:                                                        # step caching: only the final layer runs
-            hidden = state.recall(step)
+        hidden = self.blocks(x, t, text, vec, layout, mask, state, step)         # (B, N, C)
         scale, shift = self.norm_out(vec)                            # in this order, as published
         out = self.proj_out(modulate(hidden, shift, scale))                      # (B, N, 4 z)
         out = gather_rows(layout.ranks, out, 0, len(layout.order))[:, layout.inverse]
+        if state is not None:
+            state.remember(step, out)
         return unpatchify(out, layout.grid)
 
     @property

@@ -126,7 +126,7 @@ class Need:
     blocks: tuple              # the weights of every block
     other_weights: int
     caches: tuple              # of every layer that is not always dense: what sparse steps read
-    other_caches: int          # log-sum-exps, what tells which MLP columns move, what enters the final layer
+    other_caches: int          # log-sum-exps, what tells which MLP columns move, the velocity
     activations: int           # the most at a time
     branches: int = 1          # guidance branches, with caches each
 

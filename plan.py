@@ -4,7 +4,7 @@
     measure   everything; columns are chosen, and the others' contribution is remembered
     refresh   everything; the columns stay
     sparse    the chosen columns alone; what the others contributed is reused (cache.py)
-    skip      the final layer alone, on what went into it before
+    skip      nothing: the velocity goes on as before
 
 Nothing here computes: a plan is a list of Steps, made of whole numbers.
 """
@@ -23,7 +23,7 @@ class Sparsity:
     mlp_keep: float = 0.30           # share of hidden columns recomputed; 0: the MLP stays dense
     full: int | tuple = 10           # all is recomputed at step 1 and every so many till the last but one, or at these
     choose: int = 1                  # every so many of these steps choose columns anew, the others keep them
-    skip: tuple = ()                 # rerun only the final layer at these steps, unless they are full
+    skip: tuple = ()                 # compute nothing at these steps, unless they are full
     delta: str = "paper"             # "pooled" | "paper" | "none": no sparse steps, all but skipped are dense
     drift: bool = True               # rests go on as between the last two full steps; False: they stay
     extrapolate: float | None = 0.8  # a skipped step adds so much of the last two computed ones' trend; 0: repeats;

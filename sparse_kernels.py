@@ -815,12 +815,17 @@ def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, columns: Ten
     if unlisted is not None:
         k_mean, v_mean, unlisted = k_mean.contiguous(), v_mean.contiguous(), unlisted.contiguous()
         M = unlisted.shape[-1]
-    # 8 warps, 3 stages: fastest for long lists on an H100
+    constants, registers = _attention_constants(q, k, v), None
+    if columns.shape[-1] <= 1024 and q.dtype != torch.float32:
+        # Two programs share a multiprocessor, so that one computes while the other loads q or stores o. With 720 of
+        # 4,352 columns on an H200: 0.132 instead of 0.140 ms, with means 0.153 instead of 0.177
+        constants["BLOCK_N"], registers = 32, 128
+    # 8 warps, 3 stages: fastest on an H100 and an H200
     _column_sparse_attention_kernel[(triton.cdiv(Nq, GROUP), B * H)](
         q, k, v, columns.contiguous(), counts.contiguous(), k_mean, v_mean, unlisted, base, result,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *base.stride()[:3], H, Nq, columns.shape[-1], M,
-        LOG2E / math.sqrt(D), float(sign), **_attention_constants(q, k, v), PAGES=counts.shape[-1], num_warps=8,
-        num_stages=_stages(q))
+        LOG2E / math.sqrt(D), float(sign), **constants, PAGES=counts.shape[-1], num_warps=8, num_stages=_stages(q),
+        maxnreg=registers)
     return result
 
 
@@ -1013,8 +1018,8 @@ def sparse_mlp_fc2_triton(delta: Tensor, w2t: Tensor, columns: Tensor, counts: T
     _sparse_mlp_fc2_kernel[(G, C // block_c, B)](
         delta.contiguous(), w2t, columns.contiguous(), counts.contiguous(), out,
         w2t.stride(0), *out.stride()[:2], M, K,
-        BLOCK_M=GROUP, BLOCK_N=block_n, BLOCK_C=block_c, WIDE_OFFSETS=wide, PAGES=counts.shape[-1], num_warps=8,
-        num_stages=3)
+        BLOCK_M=GROUP, BLOCK_N=block_n, BLOCK_C=block_c, WIDE_OFFSETS=wide, PAGES=counts.shape[-1],
+        num_warps=4 if delta.element_size() == 2 else 8, num_stages=3)      # on an H200 4 warps are 5 % faster than 8
     return out
 
 

@@ -947,18 +947,16 @@ def test_static_columns_are_always_kept_and_first_layers_dense(name):
 
 
 @each_model
-def test_skipped_step_reruns_the_final_layer_only(name):
+def test_skipped_step_computes_nothing(name):
     model, given = random_model(name), model_inputs(name, ODD_GRID[name])
     sparsity = Sparsity(dense_layers=1, skip=(3,), extrapolate=0)
     state, plan = fresh_state(model, sparsity, given["layout"]), make_plan(4, sparsity)
     for step in plan[:3]:
         v = model(**given, state=state, step=step)
-    for blocks in block_lists(model):                                       # a skipped step cannot have used these,
-        delattr(model, blocks)
-    given |= {"x": given["x"] * float("nan"), "text": given["text"] * float("nan")}            # nor these
-    assert torch.equal(model(**given, state=state, step=plan[3]), v)        # at the same time it is the step before
-    later = model(**given | {"t": 0.3 * given["t"]}, state=state, step=plan[3])
-    assert later.isfinite().all() and (later - v).norm() > 1e-3 * v.norm()
+    for part in list(model._modules):                                       # a skipped step cannot have used these,
+        delattr(model, part)
+    given |= {key: torch.full_like(given[key], float("nan")) for key in ("x", "text", "t")}    # nor these
+    assert torch.equal(model(**given, state=state, step=plan[3]), v)        # it repeats
 
 
 @pytest.mark.parametrize("config", [c for program in PROGRAMS.values() for c in program.CONFIGS.values()])

@@ -107,7 +107,7 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", full=6, choose=2, extrapolate=None)
 WAN_PRESETS = make_presets(WAN_COLUMNS)
 WAN_PRESETS |= {"fast": replace(WAN_PRESETS["fast"], extrapolate=0)}
-WAN_COSTS = {"dense": 1.0, "measure": 1.66, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
+WAN_COSTS = {"dense": 1.0, "measure": 1.65, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
 
 WAN_VAE = VAEConfig(
     channels=96, multipliers=(1, 2, 4, 4), blocks=2,
@@ -288,16 +288,16 @@ class Wan(nn.Module):
         plain dense.
         -> (B, channels, t, h, w) float32
         """
-        time = self.condition_embedder.time_embedder(sinusoid(t, self.config.frequencies))       # (B, C)
-        if step is None or not step.skip:
+        if step is not None and step.skip:
+            out = state.recall(step)                                 # (B, N, 4 channels); step caching: nothing runs
+        else:
+            time = self.condition_embedder.time_embedder(sinusoid(t, self.config.frequencies))   # (B, C)
             hidden = self.run_blocks(x, time, text, layout, state, step)                         # (B, N, C)
+            shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)              # (B, 1, C) each
+            out = self.proj_out(modulate(hidden, shift, scale))                                  # (B, N, 4 channels)
+            out = gather_rows(layout.ranks, out, 0, len(layout.order))[:, layout.inverse]
             if state is not None:
-                state.remember(step, hidden)
-        else:                                                        # step caching: only the final layer runs
-            hidden = state.recall(step)
-        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)                  # (B, 1, C) each
-        out = self.proj_out(modulate(hidden, shift, scale))                                      # (B, N, 4 channels)
-        out = gather_rows(layout.ranks, out, 0, len(layout.order))[:, layout.inverse]
+                state.remember(step, out)
         out = out.unflatten(1, (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)).unflatten(-1, (2, 2, -1))
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4).float()  # (B, channels, t, h, w)
 

@@ -398,20 +398,22 @@ def eager_and_compiled(words):
 
 
 def presets(args):
-    """What the presets gain on the real models, by the times that `speed` noted."""
-    known = known_times()
-    print_header("50 steps, eager (compiled)", "dense", *flux_chipmunk.CONFIGS["dev"].presets)
+    """What the presets gain on the real models, and columns with skipped steps, by the times that `speed` noted."""
+    known, both = known_times(), "22 computed, one of 2 in full"
+    print_header("50 steps, eager (compiled)", "dense", *flux_chipmunk.CONFIGS["dev"].presets, "both *")
     for name, times in known.items():
         stem, *_ = name.split()
         program, size, _ = REAL[stem]
         config, ways = program.CONFIGS[size], [times[way] for way in ("eager", "compiled") if way in times]
         dense = [run_seconds(config.steps, None, way) for way in ways]
         cells = [eager_and_compiled(f"{total:.1f} s" for total in dense)]
-        for sparsity in config.presets.values():
+        stacked = next(plan[-1] for plan in plans_to_compare(stem, config)["ours, stacked"] if plan[0] == both)
+        for sparsity in *config.presets.values(), stacked:
             ratios = [total / run_seconds(config.steps, sparsity, way) for total, way in zip(dense, ways)]
             cells.append(eager_and_compiled(f"{ratio:.2f}x" for ratio in ratios))
         print_row(f"{stem} {times['model']}", *cells)
-    cli.say(f"\n({', '.join({times['device'] for times in known.values()})}, bfloat16, random weights)")
+    cli.say(f"\n({', '.join({times['device'] for times in known.values()})}, bfloat16, random weights. * {both}, "
+            "columns in the others)")
 
 # ---------------------------------------------------------------------------------------------------------
 # speed: the real models' transformers with random weights, which take about as long as trained ones

@@ -579,7 +579,7 @@ def whole(args):
     placement = place(args, name, config, device, args.preset)
     model, times = whole_table(args.model, name, config, args.preset, device, placement)
     if times.keys() >= {*MODES} - {"skip"} and not (args.frames or args.size or args.offload):
-        skip = known_times(args.model)[args.model]["eager"]["skip"]  # no preset has sparse and skipped steps
+        skip = known_times(args.model)[args.model]["eager"]["skip"]  # no preset has both; it takes next to nothing
         note_times(f"{args.model} whole", model,
                    {"eager": {"dense model": times["dense"], "skip": skip} | times}, device)
 

@@ -19,6 +19,8 @@ MLP, out = W2 gelu(W1 x + b1) + b2, for every group of 128 rows:
     measure   out, and S = the hidden columns f that moved most since the full step before, times the norm of W2[:, f]
     sparse    out += W2[:, S] (gelu(W1[S] x + b1[S]) - what that was)       exact for the columns in S
 
+Skipped steps take the velocity v, the model's output: v + gain * (steps since) * trend (ModelState.recall).
+
 plan.py tells which step is what. The caller owns the state (ModelState: one for each generation and each guidance
 branch). Source: arXiv 2506.03275, sections 3 and 4.
 """
@@ -88,7 +90,8 @@ class ModelState:
         self.last = step.index, v
 
     def recall(self, step):
-        """The velocity of a skipped step: the last one, and beyond it a share of the trend."""
+        """The velocity of a skipped step: the last one, and beyond it a share of the trend. Not to be changed in place:
+        it may be what the state remembers."""
         index, v = self.last
         return v if self.trend is None else v + self.gain * (step.index - index) * self.trend
 

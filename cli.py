@@ -405,7 +405,7 @@ def make_parser(doc, configs, video=False):
     add("--full-steps", type=full_steps, metavar="N|LIST",
         help="compute in full step 1 and every N counted back from the last but one, or a list (1,2,4,7; or 5,)")
     add("--skip-steps", type=skip_steps, metavar="LIST",
-        help="step caching: these steps compute nothing, their velocity goes on as before; a list, or none")
+        help="step caching: these steps compute nothing, their velocity is extrapolated; a list, or none")
     add("--show-plan", action="store_true", help="print what every step does and the memory it takes, then stop")
     return parser, chipmunk
 

@@ -112,7 +112,7 @@ def state_bytes(state):
 
 
 def trend_bytes(state):
-    """Bytes of them that are for skipped steps."""
+    """Of these, the bytes that skipped steps need: the last velocity and its trend."""
     return sum(x.nbytes for x in (*state.last[1:], state.trend) if x is not None)
 
 
@@ -126,7 +126,7 @@ class Need:
     blocks: tuple              # the weights of every block
     other_weights: int
     caches: tuple              # of every layer that is not always dense: what sparse steps read
-    other_caches: int          # log-sum-exps, what tells which MLP columns move, the velocity
+    other_caches: int          # log-sum-exps, what tells which MLP columns move, v and its trend
     activations: int           # the most at a time
     branches: int = 1          # guidance branches, with caches each
 

@@ -4,7 +4,7 @@
     measure   everything; columns are chosen, and the others' contribution is remembered
     refresh   everything; the columns stay
     sparse    the chosen columns alone; what the others contributed is reused (cache.py)
-    skip      nothing: the velocity goes on as before
+    skip      nothing: the velocity is extrapolated from the last two computed steps
 
 Nothing here computes: a plan is a list of Steps, made of whole numbers.
 """

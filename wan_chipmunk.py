@@ -288,18 +288,17 @@ class Wan(nn.Module):
         plain dense.
         -> (B, channels, t, h, w) float32
         """
+        grid = x.shape[2], x.shape[3] // 2, x.shape[4] // 2
         if step is not None and step.skip:
-            out = state.recall(step)                                 # (B, N, 4 channels); step caching: nothing runs
-        else:
-            time = self.condition_embedder.time_embedder(sinusoid(t, self.config.frequencies))   # (B, C)
-            hidden = self.run_blocks(x, time, text, layout, state, step)                         # (B, N, C)
-            shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)              # (B, 1, C) each
-            out = self.proj_out(modulate(hidden, shift, scale))                                  # (B, N, 4 channels)
-            out = gather_rows(layout.ranks, out, 0, len(layout.order))[:, layout.inverse]
-            if state is not None:
-                state.remember(step, out)
-        out = out.unflatten(1, (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)).unflatten(-1, (2, 2, -1))
-        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4).float()  # (B, channels, t, h, w)
+            return unpatchify(state.recall(step), grid)              # step caching: nothing runs
+        time = self.condition_embedder.time_embedder(sinusoid(t, self.config.frequencies))       # (B, C)
+        hidden = self.run_blocks(x, time, text, layout, state, step)                             # (B, N, C)
+        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)                  # (B, 1, C) each
+        out = self.proj_out(modulate(hidden, shift, scale))                                      # (B, N, 4 channels)
+        out = gather_rows(layout.ranks, out, 0, len(layout.order))[:, layout.inverse]
+        if state is not None:
+            state.remember(step, out)
+        return unpatchify(out, grid)
 
     def run_blocks(self, x, time, text, layout, state, step):
         x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))        # (B, C, t, h / 2, w / 2)
@@ -310,6 +309,12 @@ class Wan(nn.Module):
         for block, layer_state in visit(self.blocks, state, step, x.device):
             x = block(x, text, time, layout.rope, layer_state, step, layout.ranks)
         return x
+
+
+def unpatchify(x, grid):
+    """(B, t h w, 4 channels), raster order -> (B, channels, t, 2h, 2w) float32."""
+    x = x.unflatten(1, grid).unflatten(-1, (2, 2, -1))               # (B, t, h, w, 2, 2, channels)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4).float()       # (B, channels, t, 2h, 2w)
 
 # ---------------------------------------------------------------------------------------------------------
 # the video autoencoder: names are those of the -Diffusers repositories' vae/

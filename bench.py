@@ -400,7 +400,7 @@ def eager_and_compiled(words):
 def presets(args):
     """What the presets gain on the real models, and columns with skipped steps, by the times that `speed` noted."""
     known, both = known_times(), "22 computed, one of 2 in full"
-    print_header("50 steps, eager (compiled)", "dense", *flux_chipmunk.CONFIGS["dev"].presets, "both *")
+    print_header("50 steps, eager (compiled)", "dense", *flux_chipmunk.CONFIGS["dev"].presets, "columns + skips")
     for name, times in known.items():
         stem, *_ = name.split()
         program, size, _ = REAL[stem]
@@ -412,8 +412,8 @@ def presets(args):
             ratios = [total / run_seconds(config.steps, sparsity, way) for total, way in zip(dense, ways)]
             cells.append(eager_and_compiled(f"{ratio:.2f}x" for ratio in ratios))
         print_row(f"{stem} {times['model']}", *cells)
-    cli.say(f"\n({', '.join({times['device'] for times in known.values()})}, bfloat16, random weights. * {both}, "
-            "columns in the others)")
+    cli.say(f"\n({', '.join({times['device'] for times in known.values()})}, bfloat16, random weights. Columns + "
+            f"skips: {both}, columns in the others)")
 
 # ---------------------------------------------------------------------------------------------------------
 # speed: the real models' transformers with random weights, which take about as long as trained ones

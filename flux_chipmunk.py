@@ -101,9 +101,9 @@ class Config:
     height = width
 
 
-# As many of attention's columns as in the original's preset for FLUX.1-dev, but a third of its 30 % of the MLP's: that
-# and more full steps is closer to dense at the same speed, from 1.28x on (results.md). A drift takes memory and
-# time, and is no closer (method.md, part 3).
+# As many of attention's columns as in the original's preset for FLUX.1-dev, but a third of its 30 % of the MLP's: with
+# more full steps that is about as close to dense at the same speed, and reaches higher ones (results.md). A drift takes
+# memory and time, and is no closer (method.md, part 3).
 FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.10, delta="pooled", full=6, drift=False)
 FLUX_PRESETS = make_presets(FLUX_COLUMNS)
 FLUX_COSTS = {"dense": 0.97, "measure": 1.35, "refresh": 1.13, "sparse": 0.75, "skip": 0.003}

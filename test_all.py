@@ -2577,7 +2577,7 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "presets"])
     bench.main()
     title, _, *rows, _, said = capsys.readouterr().out.splitlines()
-    assert title.endswith("| dense | columns | quality | balanced | fast | both * |")
+    assert title.endswith("| dense | columns | quality | balanced | fast | columns + skips |")
     assert [row.split()[1] for row in rows] == [*PROGRAMS, "hunyuan"] and "x129 | 1162.0 s | " in rows[-1]
     known = json.loads(bench.STEP_TIMES.read_text())["flux"]
     assert known["device"] in said
@@ -2585,7 +2585,7 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     dense, balanced = 50 * times["dense model"], 20 * times["dense model"] + 30 * times["skip"]
     assert f"| {dense:.1f} s (" in rows[0] and f"| {dense / balanced:.2f}x (" in rows[0]
     both = next(plan[-1] for plan in bench.plans_to_compare("flux", flux_chipmunk.CONFIGS["tiny"])["ours, stacked"]
-                if plan[0] == said.split("* ")[1].removesuffix(", columns in the others)"))
+                if plan[0] == said.split("skips: ")[1].removesuffix(", columns in the others)"))
     steps = [step.mode for step in make_plan(50, both)]
     assert steps.count("skip") == 28 and steps.count("sparse") == 10
     assert f"{dense / bench.run_seconds(50, both, times):.2f}x (" in rows[0].split("|")[-2]

@@ -1008,16 +1008,16 @@ def test_skipped_steps_repeat_the_last_or_go_on_as_the_last_two_did():
 
 def test_a_measured_gain_is_what_the_trend_before_explains_of_each_token():
     v = torch.zeros(3, 1, 4, 2, dtype=torch.float64, device=DEVICE)         # of three steps (B, N, channels)
-    v[1] = torch.tensor([2.0, 0.0])                                    # the first trend: along the first channel
+    v[1] = torch.tensor([2.0, 0.0])                                         # the first trend: along the first channel
     v[2] = v[1] + torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 3**0.5], [-1.0, 0.0]])
     state = make_state(1, Sparsity(delta="none", skip=(3,), extrapolate=None), 4, None, 0, DEVICE)
     for i in range(2):
         state.remember(Step(i, "dense"), v[i])
-    torch.testing.assert_close(state.recall(Step(3, "skip")), v[1])    # one trend is not known to last
+    torch.testing.assert_close(state.recall(Step(3, "skip")), v[1])         # one trend is not known to last
     state.remember(Step(2, "dense"), v[2])
     gains = torch.tensor([1.0, 0.0, 0.25, 0.0], dtype=torch.float64)[:, None]        # on, aside, at 60 degrees, back
     torch.testing.assert_close(state.recall(Step(5, "skip")), v[2] + 3 * gains * (v[2] - v[1]))
-    state.remember(Step(6, "dense"), v[2])                             # stands still: nothing to go on by
+    state.remember(Step(6, "dense"), v[2])                                  # stands still: nothing to go on by
     torch.testing.assert_close(state.recall(Step(8, "skip")), v[2])
 
 

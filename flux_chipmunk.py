@@ -547,14 +547,16 @@ def make_noise(z, height, width, seed):
 
 
 def sample(model, x, text, pooled, guidance, sigmas, layout, plan=None, state=None):
-    """Euler steps from noise x (B, N, channels) to image tokens. plan: an iterable of Step; dense without plan and
-    state. Raises Fail at NaN or infinity, a step later. -> (B, N, channels)"""
-    guidance = x.new_full((x.shape[0],), guidance)                   # (B,)
+    """Euler steps from noise x (B, N, channels) to image tokens, in x's dtype; the model runs in text's. (The original
+    rounds x to bfloat16 at every step.) plan: an iterable of Step; dense without plan and state. Raises Fail at NaN or
+    infinity, a step later. -> (B, N, channels)"""
+    guidance = text.new_full((x.shape[0],), guidance)                # (B,)
     plan, checked = plan or [None] * (len(sigmas) - 1), None
     for i, (step, sigma, sigma_next) in enumerate(zip(plan, sigmas[:-1].tolist(), sigmas[1:].tolist())):
-        t = x.new_full((x.shape[0],), sigma)                         # (B,)
-        x = x + (sigma_next - sigma) * model(x, t, text, pooled, guidance, layout, state, step)
-        checked = cli.check_finite(x, f"step {i} of the transformer", x.dtype, checked)
+        t = text.new_full((x.shape[0],), sigma)                      # (B,)
+        v = model(x.to(text.dtype), t, text, pooled, guidance, layout, state, step)
+        x = x + (sigma_next - sigma) * v.to(x.dtype)
+        checked = cli.check_finite(x, f"step {i} of the transformer", text.dtype, checked)
     checked()                                                        # waits for the device
     return x
 
@@ -661,7 +663,7 @@ def render(prompt, settings, compare=False, ranks=None):
         cli.check_finite(states, part, dtype)()
     layout = make_layout(config.flux, h, w, config.text_length, device, ranks)
     noise = make_noise(config.autoencoder.z, h, w, settings.seed)                # (1, z, 2h, 2w)
-    noise = patchify(noise.to(device, dtype))                                    # (1, N, 4 z)
+    noise = patchify(noise.to(device).float())                                   # (1, N, 4 z)
     sigmas = make_sigmas(settings.steps, h * w, config.shift)
     layers, tokens = config.flux.double_blocks + config.flux.single_blocks, config.text_length + h * w
     flux = load_part("flux", config, folder, lambda flux: homes(flux, flux.all_blocks, placement.blocks, device), dtype)
@@ -692,7 +694,7 @@ def render(prompt, settings, compare=False, ranks=None):
 
     autoencoder = load_part("autoencoder", config, folder, device, torch.float32)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):       # as the original
-        return [(autoencoder.decode(unpatchify(x.float(), h, w)).float().clamp(-1, 1)[0], report)
+        return [(autoencoder.decode(unpatchify(x, h, w)).float().clamp(-1, 1)[0], report)
                 for x, report in results]
 
 

@@ -1729,6 +1729,16 @@ def test_sigmas_go_from_noise_to_nothing_and_are_shifted():
         assert sigmas[25].item() == pytest.approx(middle)
 
 
+@pytest.mark.parametrize("name", ["flux", "hunyuan"])
+def test_latents_move_in_float32_beside_a_model_in_bfloat16(name):
+    def model(x, t, *rest, **how):
+        assert x.dtype == torch.bfloat16
+        return torch.ones_like(x)
+    x, text = torch.randn(2, 8, 4, device=DEVICE), torch.zeros(2, 3, 4, dtype=torch.bfloat16, device=DEVICE)
+    got = PROGRAMS[name].sample(model, x, text, text, 4.0, torch.linspace(1, 0, 1001), None)
+    torch.testing.assert_close(got, x - 1, atol=1e-4, rtol=0)               # 1,000 steps of 0.001 each
+
+
 def test_guidance_is_rounded_as_the_originals_do():
     for program, guidance, rounded in (flux_chipmunk, 3.5, 3.504), (hunyuan_chipmunk, 6.0, 6.016):     # 6016 in bf16
         got = program.sinusoid(torch.tensor([guidance], dtype=torch.bfloat16)).float()

@@ -407,8 +407,8 @@ def presets(args):
         config, ways = program.CONFIGS[size], [times[way] for way in ("eager", "compiled") if way in times]
         dense = [run_seconds(config.steps, None, way) for way in ways]
         cells = [eager_and_compiled(f"{total:.1f} s" for total in dense)]
-        stacked = next(plan[-1] for plan in plans_to_compare(stem, config)["ours, stacked"] if plan[0] == both)
-        for sparsity in *config.presets.values(), stacked:
+        stacked = {label: sparsity for label, _, sparsity in plans_to_compare(stem, config)["ours, stacked"]}
+        for sparsity in *config.presets.values(), stacked[both]:
             ratios = [total / run_seconds(config.steps, sparsity, way) for total, way in zip(dense, ways)]
             cells.append(eager_and_compiled(f"{ratio:.2f}x" for ratio in ratios))
         print_row(f"{stem} {times['model']}", *cells)
@@ -579,7 +579,7 @@ def whole(args):
     placement = place(args, name, config, device, args.preset)
     model, times = whole_table(args.model, name, config, args.preset, device, placement)
     if times.keys() >= {*MODES} - {"skip"} and not (args.frames or args.size or args.offload):
-        skip = known_times(args.model)[args.model]["eager"]["skip"]  # no preset has both; it takes next to nothing
+        skip = known_times(args.model)[args.model]["eager"]["skip"]  # `columns` has none; at another size
         note_times(f"{args.model} whole", model,
                    {"eager": {"dense model": times["dense"], "skip": skip} | times}, device)
 

@@ -46,7 +46,7 @@ import wan_chipmunk
 from cache import make_state
 from compiled import compile_blocks, compile_seconds
 from offload import homes, move_caches, move_weights
-from plan import MODES, Sparsity, all_but, make_plan
+from plan import MODES, Sparsity, all_but, fit_steps, make_plan
 from scenes import check, check_videos, make_moving_scene, make_scene, turned_shapes
 from sparse_kernels import (GROUP, POOL, Pooled, attention, attention_triton, attention_with_column_mass, block_means,
                             choose_columns, column_sparse_attention, count_unlisted, listed_columns, sparse_mlp_fc1,
@@ -576,6 +576,9 @@ def speed(args):
 
 def whole(args):
     name, config, device = real_model(args)
+    if args.steps:
+        presets = {preset: fit_steps(sparsity, args.steps, config.steps) for preset, sparsity in config.presets.items()}
+        config = replace(config, steps=args.steps, presets=presets)
     placement = place(args, name, config, device, args.preset)
     model, times = whole_table(args.model, name, config, args.preset, device, placement)
     if times.keys() >= {*MODES} - {"skip"} and not (args.frames or args.size or args.offload):
@@ -733,7 +736,7 @@ def flex_ms(q, k, v, columns, counts):
     return milliseconds(lambda: attend(q, k, v, block_mask=blocks))
 
 
-ATTENTION_CASES = (("FLUX.1-schnell, 1024x1024", 24, 4_352, 0.165), ("HunyuanVideo, 720x1280x129", 24, 119_056, 0.07),
+ATTENTION_CASES = (("FLUX.1-dev, 1024x1024", 24, 4_608, 0.165), ("HunyuanVideo, 720x1280x129", 24, 119_056, 0.07),
                    ("Wan2.1 14B, 720x1280x81", 40, 75_600, 0.10))    # heads, tokens, share of columns kept
 
 
@@ -761,23 +764,24 @@ def attention_rows(case, heads, n, keep):
     ours = milliseconds(lambda: choose_columns(mass, keep, 0.01, None, 1))
     kernel_row("choose columns, and 1 % at random", *against, ours, f"{ours / dense:.1%} of its time")
     columns, counts = choose_columns(mass, keep, 0.0, None, 1)
-    ours = milliseconds(lambda: column_sparse_attention(q, k, v, columns, counts, o, 1))
+    ours = milliseconds(lambda: column_sparse_attention(q, k, v, lse, columns, counts, o, 1))
     kernel_row(f"column-sparse attention, {keep:.1%} kept", *against, ours, f"**{dense / ours:.2f}x**",
                f"{1 / keep:.1f}x", keep * flops)
     pooled = Pooled(block_means(k, n), block_means(v, n), count_unlisted(columns, counts, n))
-    pooled_ms = milliseconds(lambda: column_sparse_attention(q, k, v, columns, counts, o, 1, pooled))
+    pooled_ms = milliseconds(lambda: column_sparse_attention(q, k, v, lse, columns, counts, o, 1, pooled))
     kernel_row(f"the same, pooled: and a mean for every {POOL} columns", *against, pooled_ms,
                f"**{dense / pooled_ms:.2f}x**", f"{1 / (keep + 1 / POOL):.1f}x", (keep + 1 / POOL) * flops)
     if n < 10_000:
         flex = flex_ms(q, k, v, columns, counts)
         kernel_row("the same columns by flex_attention", shape, flex, "flex", ours, f"{flex / ours:.2f}x", "-",
                    keep * flops)
-        ours = milliseconds(lambda: column_sparse_attention(q, k, v, columns, torch.zeros_like(counts), o, 1))
+        empty = torch.zeros_like(counts)
+        ours = milliseconds(lambda: column_sparse_attention(q, k, v, lse, columns, empty, o, 1))
         kernel_row("*limit: with empty lists, cache in and out only*", *against, ours, f"{dense / ours:.2f}x")
 
 
-def mlp_rows(rows=4_352, dim=3_072, hidden=12_288, keep=0.30):
-    """The rows of FLUX.1-schnell's MLP at 1024x1024."""
+def mlp_rows(rows=4_608, dim=3_072, hidden=12_288, keep=0.30):
+    """The rows of FLUX.1-dev's MLP at 1024x1024."""
     def random(*shape):
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     x, b1, b2, act = random(1, rows, dim), random(hidden), random(dim), random(1, hidden, rows)
@@ -820,7 +824,7 @@ def kernels(args):
 
 TABLES = {score: "model captions device", caching: "model captions steps device", frontier: "model captions device",
           presets: "", speed: "model size frames offload memory device",
-          whole: "model size frames preset offload memory device", kernels: ""}          # and their flags
+          whole: "model size frames steps preset offload memory device", kernels: ""}          # and their flags
 FLAGS = {"model": {"choices": list(DRAW), "default": "flux", "help": "(default: flux)"},
          "captions": {"type": cli.number(int, 1, 10_000), "default": 200, "help": "how many (default: 200)"},
          "steps": {"type": cli.number(int, 2, 1_000), "help": "(default: the model's 50)"},

@@ -128,7 +128,7 @@ def chipmunk_attention(q, k, v, layer_state, step):
         """base plus or minus the attention to the columns S, and to the means of the others. -> (B, H, N, D)"""
         s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
         pooled = Pooled(block_means(k, n), block_means(v, n), s.unlisted) if sparsity.delta == "pooled" else None
-        return column_sparse_attention(q, k, v, s.columns, s.counts, base, sign, pooled)
+        return column_sparse_attention(q, k, v, s.lse, s.columns, s.counts, base, sign, pooled)
 
     if step.mode == "sparse":
         rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)    # (B, H, N, D)

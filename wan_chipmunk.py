@@ -107,7 +107,7 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", full=6, choose=2, extrapolate=None)
 WAN_PRESETS = make_presets(WAN_COLUMNS)
 WAN_PRESETS |= {"fast": replace(WAN_PRESETS["fast"], extrapolate=0)}
-WAN_COSTS = {"dense": 1.0, "measure": 1.65, "refresh": 1.15, "sparse": 0.62, "skip": 0.002}
+WAN_COSTS = {"dense": 1.01, "measure": 1.5, "refresh": 1.13, "sparse": 0.6, "skip": 0.001}
 
 WAN_VAE = VAEConfig(
     channels=96, multipliers=(1, 2, 4, 4), blocks=2,

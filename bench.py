@@ -42,6 +42,7 @@ import hunyuan_chipmunk
 import media
 import memory
 import parallel
+import processes
 import wan_chipmunk
 from cache import make_state
 from compiled import compile_blocks, compile_seconds
@@ -852,4 +853,4 @@ def main():
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    processes.run(main)

@@ -41,6 +41,7 @@ import cli
 import media
 import memory
 import parallel
+import processes
 from cache import chipmunk_attention, chipmunk_mlp, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import homes, move_caches, move_weights, visit
@@ -655,7 +656,7 @@ def render(prompt, settings, compare=False, ranks=None):
     config = CONFIGS[settings.model]
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     h, w = settings.height // 16, settings.width // 16               # in tokens
-    with parallel.one_a_machine_first(ranks):                        # it may download
+    with processes.one_a_machine_first(ranks):                        # it may download
         placement = check(prompt, settings, folder, ranks)
 
     text, pooled = encode_prompts([prompt], config, folder, device, dtype)       # (1, T, text_dim), (1, pooled_dim)
@@ -837,4 +838,4 @@ def main():
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    processes.run(main)

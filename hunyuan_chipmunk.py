@@ -40,6 +40,7 @@ import cli
 import media
 import memory
 import parallel
+import processes
 from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import homes, in_chunks, move_caches, move_weights, visit
@@ -716,7 +717,7 @@ def render(prompt, settings, compare=False, ranks=None):
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16                 # (t, h, w) in tokens
     n_video = math.prod(grid)
-    with parallel.one_a_machine_first(ranks):                        # it may download
+    with processes.one_a_machine_first(ranks):                        # it may download
         placement = check(prompt, settings, folder, ranks)
 
     text, _, pooled = encode_prompts([prompt], config, folder, device, dtype)    # (1, T, text_dim), (1, pooled_dim)
@@ -911,4 +912,4 @@ def main():
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    processes.run(main)

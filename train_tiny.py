@@ -46,7 +46,7 @@ from tqdm import tqdm
 import checkpoints
 import cli
 import media
-import parallel
+import processes
 import scenes
 import wan_chipmunk
 from compiled import compile_blocks
@@ -177,7 +177,7 @@ def share_gradients(model):
     if dist.is_initialized():
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         mean = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
-        with parallel.others_alive():
+        with processes.others_alive():
             dist.all_reduce(mean)
         torch._foreach_copy_(grads, [g.view_as(grad) for g, grad in zip(mean.split([g.numel() for g in grads]), grads)])
 
@@ -496,12 +496,12 @@ def main():
     recipe = RECIPES[args.model]
     folder = recipe.program.CONFIGS["tiny"].weights
     device = cli.pick_device(args.device)
-    if parallel.several():
-        parallel.meet(device)
+    if processes.several():
+        processes.meet(device)
     train(recipe, folder, args.work / args.model, device)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    processes.run(main)

@@ -40,6 +40,7 @@ import cli
 import media
 import memory
 import parallel
+import processes
 from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import homes, in_chunks, move_caches, move_weights, visit
@@ -627,7 +628,7 @@ def render(prompt, settings, compare=False, ranks=None):
     config = CONFIGS[settings.model]
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     t, h, w = grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16       # in tokens
-    with parallel.one_a_machine_first(ranks):                        # it may download
+    with processes.one_a_machine_first(ranks):                        # it may download
         placement = check(prompt, settings, folder, ranks)
 
     prompts = [prompt, settings.negative_prompt]
@@ -799,4 +800,4 @@ def main():
 
 
 if __name__ == "__main__":
-    parallel.run(main)
+    processes.run(main)

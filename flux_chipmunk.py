@@ -656,7 +656,7 @@ def render(prompt, settings, compare=False, ranks=None):
     config = CONFIGS[settings.model]
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     h, w = settings.height // 16, settings.width // 16               # in tokens
-    with processes.one_a_machine_first(ranks):                        # it may download
+    with processes.one_a_machine_first(ranks):                       # it may download
         placement = check(prompt, settings, folder, ranks)
 
     text, pooled = encode_prompts([prompt], config, folder, device, dtype)       # (1, T, text_dim), (1, pooled_dim)

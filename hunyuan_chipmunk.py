@@ -717,7 +717,7 @@ def render(prompt, settings, compare=False, ranks=None):
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16                 # (t, h, w) in tokens
     n_video = math.prod(grid)
-    with processes.one_a_machine_first(ranks):                        # it may download
+    with processes.one_a_machine_first(ranks):                       # it may download
         placement = check(prompt, settings, folder, ranks)
 
     text, _, pooled = encode_prompts([prompt], config, folder, device, dtype)    # (1, T, text_dim), (1, pooled_dim)

@@ -202,7 +202,7 @@ def _store_rows(o_ptr, lse_ptr, o, lse, head, rows, N, D: tl.constexpr, LOG2E: t
 
 @_jit
 def _score_tile(q, k_ptr, v_ptr, stride_kn, stride_vn, index, valid, D: tl.constexpr, WIDE_OFFSETS: tl.constexpr):
-    """Load one tile of columns -> its scores s = q k^T (rows, columns), its v (columns, D).
+    """Load one tile of columns -> its scores s = q k^T (rows, columns), not yet scaled, and its v (columns, D).
 
     index (columns,) says where the columns are, and valid (columns,) which of them count; None means all."""
     d = tl.arange(0, D)
@@ -227,8 +227,8 @@ def _take_tile(s, v, scale, acc, m, z, TRACK_MAX: tl.constexpr, weight=None):
     """Take one tile of columns into a running softmax -> acc, m, z, p.
 
     weight (columns,): how many columns each one stands for, 0 allowed; None means 1.
-    p = weight exp2(s scale - m), in v's dtype; acc (rows, D) += p v, z (rows,) += sum of p. If TRACK_MAX, m (rows,) is
-    the maximum of s scale so far, otherwise it stays as given."""
+    p = weight exp2(s scale - m), z (rows,) += sum of p; then, p being in v's dtype from here on, acc (rows, D) += p v.
+    If TRACK_MAX, m (rows,) is the maximum of s scale so far, otherwise it stays as given."""
     if TRACK_MAX:
         m_new = tl.maximum(m, tl.max(s, 1) * scale)                               # (rows,)
         shrink = tl.exp2(m - m_new)                                               # (rows,)
@@ -256,7 +256,7 @@ def _attend_tile(q, k_ptr, v_ptr, stride_kn, stride_vn, index, valid, scale, acc
 @_jit
 def _attend_all(q, k_ptr, v_ptr, stride_kn, stride_vn, Nk, scale,
                 BLOCK_N: tl.constexpr, D: tl.constexpr, WIDE_OFFSETS: tl.constexpr):
-    """A group of rows q (rows, D) against all columns -> acc (rows, D), m (rows,), z (rows,) as in _attend_tile."""
+    """A group of rows q (rows, D) against all columns -> acc (rows, D), m (rows,), z (rows,) as in _take_tile."""
     lane = tl.arange(0, BLOCK_N)
     acc = tl.zeros(q.shape, tl.float32)
     m = tl.full((q.shape[0],), -float("inf"), tl.float32)
@@ -306,7 +306,7 @@ def _stages(q: Tensor) -> int:
 
 
 def _on_hopper(x: Tensor) -> bool:
-    """Is x on a GPU whose tensor cores read q from shared memory? Others keep it in registers, which then lack."""
+    """Is x on an H100 or H200? There tensor cores read q from shared memory; most others want it in registers."""
     return x.device.type != "cpu" and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
@@ -368,7 +368,7 @@ def _mass_dtype(q: Tensor) -> torch.dtype:
 @_jit
 def _store_mass(mass_ptr, p, column, N):
     """The mass of a tile's columns (columns,) is the sum of p (rows, columns), which is 2^8 times too large. At most
-    1e38, which is finite in bfloat16; columns outside of 0..N - 1 are none."""
+    1e38, which is finite in bfloat16; nothing is stored for columns outside of 0..N - 1."""
     # A product with ones, 16 rows of them at least. For tl.sum(p, 0) all warps would exchange what they have of every
     # column: 567 instead of 393 ms for 119,056 tokens on an H200. To store one of the equal rows takes no sum, either.
     ones = tl.full((16, p.shape[0]), 1.0, p.dtype)
@@ -380,8 +380,9 @@ def _store_mass(mass_ptr, p, column, N):
 
 @_jit
 def _all_near(z, counted, dtype: tl.constexpr):
-    """Was m = lse_prev * LOG2E - 8 near enough to the maximum in all rows that count? z (rows,), the sum of p: p, which
-    is in q's dtype, has neither overflowed nor lost its small values."""
+    """Did m = lse_prev * LOG2E - 8 keep p within q's dtype? z (rows,), the sum of p, is 2^8 if the columns have
+    all of a row's softmax and lse_prev is its lse. It may be up to 2^60 times as much or as little, in float16 2^7
+    times, in all rows that count: then p has neither overflowed nor lost its small values."""
     NEAR: tl.constexpr = 7 if dtype == tl.float16 else 60
     near = tl.abs(tl.log2(z) - 8) < NEAR                                          # (rows,)
     return tl.sum((near & counted).to(tl.int32)) == tl.sum(counted.to(tl.int32))
@@ -772,12 +773,12 @@ def column_sparse_attention(q: Tensor, k: Tensor, v: Tensor, lse_prev: Tensor, c
                             base: Tensor, sign: float, pooled: Pooled | None = None) -> Tensor:
     """base + sign * o_S, where o_S is the attention of each group of rows to its listed columns only.
 
-    q (B, H, Nq, D), k and v (B, H, Nk, D), lse_prev (B, H, Nq) of dense attention at an earlier step, which takes the
-    place of the softmax's maximum (the result does not depend on it, its time does), columns (B, H, G, K) uint16,
-    counts (B, H, G, P) int32, base (B, H, Nq, D) -> (B, H, Nq, D) in q's dtype. An empty list gives o_S = 0. With
-    pooled, the softmax also goes over the blocks' means, as often as they stand for columns. The dense result as base
-    and sign -1 leave the rest, which a cache holds; the rest and sign 1, with fresh q, k, v and means, make the output
-    of a sparse step: the dense result if q, k and v have not changed.
+    q (B, H, Nq, D), k and v (B, H, Nk, D), lse_prev (B, H, Nq) of dense attention at this step or an earlier one, which
+    takes the place of the softmax's maximum (the result does not depend on it, its time does), columns (B, H, G, K)
+    uint16, counts (B, H, G, P) int32, base (B, H, Nq, D) -> (B, H, Nq, D) in q's dtype. An empty list gives o_S = 0.
+    With pooled, the softmax also goes over the blocks' means, as often as they stand for columns. The dense result as
+    base and sign -1 leave the rest, which a cache holds; the rest and sign 1, with fresh q, k, v and means, make the
+    output of a sparse step: the dense result if q, k and v have not changed.
     """
     return _column_sparse_attention_op(q, k, v, lse_prev, columns, counts, base, sign, *(pooled or ()))
 
@@ -807,7 +808,7 @@ def _attend_listed(q, k_ptr, v_ptr, stride_kn, stride_vn, columns_ptr, counts_pt
                    M, scale, m, BLOCK_N: tl.constexpr, D: tl.constexpr, WIDE_OFFSETS: tl.constexpr,
                    PAGES: tl.constexpr, TRACK_MAX: tl.constexpr):
     """A group of rows q (rows, D) against its listed columns and M means -> acc (rows, D), m (rows,), z (rows,) as in
-    _attend_tile."""
+    _take_tile."""
     lane = tl.arange(0, BLOCK_N)
     count = tl.load(counts_ptr + PAGES - 1)
     acc = tl.zeros(q.shape, tl.float32)
@@ -886,8 +887,8 @@ def column_sparse_attention_triton(q: Tensor, k: Tensor, v: Tensor, lse_prev: Te
         k_mean, v_mean, unlisted = k_mean.contiguous(), v_mean.contiguous(), unlisted.contiguous()
         M = unlisted.shape[-1]
     # With 32 columns a tile and 128 registers a thread, two programs share a multiprocessor: one computes while another
-    # loads q or stores o. On an H200 0.121 instead of 0.143 ms for FLUX.1, 23.9 instead of 26.5 for HunyuanVideo, 23.6
-    # instead of 25.6 for Wan2.1. Where registers hold q, 128 are too few.
+    # loads q or stores o. On an H200 0.121 instead of 0.143 ms for 4,352 tokens, 23.9 instead of 26.5 for HunyuanVideo,
+    # 23.6 instead of 25.6 for Wan2.1. Where registers hold q, 128 are too few.
     registers = 128 if _on_hopper(q) and q.dtype != torch.float32 else None
     _column_sparse_attention_kernel[(triton.cdiv(Nq, GROUP), B * H)](
         q, k, v, lse_prev.contiguous(), columns.contiguous(), counts.contiguous(), k_mean, v_mean, unlisted, base,

@@ -628,7 +628,7 @@ def render(prompt, settings, compare=False, ranks=None):
     config = CONFIGS[settings.model]
     device, dtype, folder = settings.device, settings.dtype, settings.weights or config.weights
     t, h, w = grid = settings.frames // 4 + 1, settings.height // 16, settings.width // 16       # in tokens
-    with processes.one_a_machine_first(ranks):                        # it may download
+    with processes.one_a_machine_first(ranks):                       # it may download
         placement = check(prompt, settings, folder, ranks)
 
     prompts = [prompt, settings.negative_prompt]

@@ -2434,11 +2434,22 @@ def tiny_run(name, config, **changes):
     return replace(config, steps=8, **size, **changes)
 
 
+@pytest.mark.parametrize("shape", [(3, 20, 50), (2, 64, 16)])
+def test_updates_have_singular_values_of_about_1(shape):
+    x = torch.randn(shape, device=DEVICE)
+    got = train_tiny.orthogonal(x)
+    values = torch.linalg.svdvals(got.float())
+    assert got.shape == x.shape and got.dtype == x.dtype and 0.6 < values.min() and values.max() < 1.3
+    assert (got * x).sum((1, 2)).gt(0.8 * torch.linalg.svdvals(x).sum(1)).all()       # with x's singular vectors
+
+
 @each_model
 def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, tmp_path, capsys, name):
     monkeypatch.setattr(torch, "compile", lambda f=None, **options: f or (lambda g: g))     # slower than these steps
+    monkeypatch.setattr(train_tiny, "orthogonal", lambda x: x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7))
     monkeypatch.setattr(train_tiny, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(train_tiny, "SAMPLES", 4)
+    monkeypatch.setattr(train_tiny, "CAPTIONS", 500)
     monkeypatch.setattr(train_tiny, "SHEETS", 1)
     recipe, folder, work = train_tiny.RECIPES[name], tmp_path / "weights", tmp_path / "work"
     program, config = recipe.program, recipe.program.CONFIGS["tiny"]
@@ -2507,6 +2518,7 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
 def test_processes_that_train_together_draw_their_own_scenes_and_end_with_the_same_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda f=None, **options: f or (lambda g: g))
     monkeypatch.setattr(train_tiny, "SAMPLES", 4)
+    monkeypatch.setattr(train_tiny, "CAPTIONS", 500)
     monkeypatch.setattr(train_tiny, "SHEETS", 1)
     recipe, folder, work = train_tiny.RECIPES["flux"], tmp_path / "weights", tmp_path / "work"
     stages = [replace(stage, size=32, crop=min(16, stage.crop), scenes=6, batch=4, steps=3)

@@ -54,6 +54,7 @@ from recipes import RECIPES
 
 SAMPLES = 8                    # held-out scenes on a sheet
 SHEETS = 3                     # sheets a stage
+CAPTIONS = 5_000               # that the tokenizer learns its words from
 CHECKPOINT_SECONDS = 30        # between two checkpoints
 OUTLINES = 2.0                 # weight of their loss
 LEAST_LOGVAR = -4.6            # of latents: noise of 0.1 at least, so that the decoder forgives a transformer's errors
@@ -92,7 +93,7 @@ def orthogonal(x):
     """Matrices x (n, rows, columns) with all singular values moved to about 1, by five Newton-Schulz steps."""
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT
-    y = x.bfloat16()
+    y = x.bfloat16() if x.is_cuda else x                             # bf16 products take 20 times as long on some CPUs
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = y @ y.mT                                            # (n, rows, rows)
@@ -460,7 +461,7 @@ def train(recipe, folder, work, device):
         scenes.noise = torch.compile(scenes.noise, dynamic=True)     # most of the time that drawing takes
     torch.manual_seed(0)
     rng = random.Random(0)
-    read = recipe.make_reader(weights, [recipe.make_scene(rng).caption for _ in range(5_000)], config)
+    read = recipe.make_reader(weights, [recipe.make_scene(rng).caption for _ in range(CAPTIONS)], config)
     held_out = [recipe.make_scene(rng, train=False, plain=True) for _ in range(4 * SAMPLES)]
     autoencoder, painters = make_autoencoder(recipe, config).to(device), make_painters(recipe, config).to(device)
     for stage in recipe.stages:

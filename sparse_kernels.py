@@ -442,7 +442,9 @@ def attention_with_column_mass_triton(q: Tensor, k: Tensor, v: Tensor,
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
     mass = torch.empty(B, H, G, Nk, dtype=_mass_dtype(q), device=q.device)
-    constants = _attention_constants(q, k, v, 64 if _on_hopper(q) else 32)        # 64 spill where registers hold q
+    # 64 columns, 8 warps, 3 stages: fastest on an H200 (2 stages: 0.92 instead of 0.66 ms for FLUX.1). Where registers
+    # hold q, 64 columns are too many for them.
+    constants = _attention_constants(q, k, v, 64 if _on_hopper(q) else 32)
     _attention_with_column_mass_kernel[(G, B * H)](
         q, k, v, lse_prev.contiguous(), o, lse, mass, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         H, Nq, Nk, LOG2E / math.sqrt(D), **constants, num_warps=8, num_stages=_stages(q))

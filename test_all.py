@@ -422,11 +422,10 @@ def test_chosen_columns_are_the_largest_the_random_and_the_static(values, static
         want = set(by_chance[at[-1]].nonzero()[:, 0].tolist())
         if static is not None:
             want |= set(static.expand(G, N)[at[-1]].nonzero()[:, 0].tolist())
-        ranked = sorted(mass[at].tolist(), reverse=True)
-        top = math.ceil(keep * N)
-        least = ranked[top - 1] if top else torch.inf
-        above = {j for j in range(N) if mass[at][j] > least} if top else set()
-        tied = [j for j in range(N) if mass[at][j] == least and j not in want] if top else []
+        row, top = mass[at].tolist(), math.ceil(keep * N)
+        least = sorted(row, reverse=True)[top - 1] if top else torch.inf
+        above = {j for j in range(N) if row[j] > least} if top else set()
+        tied = [j for j in range(N) if row[j] == least and j not in want] if top else []
         want |= above | set(tied[:top - len(above)])
         assert listed == sorted(want)
         assert not columns[at][len(listed):].any()
@@ -438,7 +437,8 @@ def test_chosen_columns_are_the_largest_the_random_and_the_static(values, static
 @choices
 def test_choosing_kernel_equals_its_definition(poison, kind, values, static_kind, G, N, keep, share):
     mass, (static, most) = masses(values, G, N), statics(static_kind, G, N)
-    for seed in (1, 16, 2 ** 40 + 12345, -3) if share else (5,):
+    seeds = (1, 16, 2 ** 40 + 12345, -3) if share else (5,)
+    for seed in seeds if N < 10_000 else seeds[-1:]:                        # long rows take the interpreter seconds
         want, want_counts = sk.choose_columns_ref(mass, keep, share, static, seed, most)
         got, got_counts = sk.choose_columns_triton(mass, keep, share, static, seed, most)
         assert same(got, want) and same(got_counts, want_counts)
@@ -2385,7 +2385,16 @@ def test_a_thing_has_the_colour_of_all_its_pixels():
     assert seen.colour == "orange"
 
 
-def test_moving_scenes_are_seen_as_they_are_drawn():
+def test_moving_scenes_are_seen_as_they_are_drawn(monkeypatch):
+    see, kept = scenes.see, {}
+
+    def see_once(frames, templates):
+        """What is in them does not depend on what is asked."""
+        which = frames.data_ptr(), frames.stride()
+        if which not in kept:
+            kept[which] = see(frames, templates)
+        return kept[which]
+    monkeypatch.setattr(scenes, "see", see_once)
     rng, templates, motions = random.Random(6), scenes.turned_shapes(CPU), [*scenes.MOTIONS, *scenes.PANS]
     drawn = []
     for i, motion in enumerate(motions):
@@ -2413,8 +2422,8 @@ def test_moving_scenes_are_seen_as_they_are_drawn():
     for i in 1, 4, 7, 10:
         other = dict(zip(motions, motions[i:] + motions[:i], strict=True))
         assert seen(videos, motion=lambda scene, other=other: other[scene.motion])[1] == 0
-    assert seen(videos[:, :, :1].expand_as(videos))[1] == 0                 # nothing moves
-    assert seen(torch.zeros_like(videos))[:2] == (0, 0)                     # nothing is there
+    assert seen(videos[:, :, :1].expand(-1, -1, 5, -1, -1))[1] == 0         # nothing moves
+    assert seen(torch.zeros_like(videos[:, :, :5]))[:2] == (0, 0)           # nothing is there
 
 
 def test_videos_are_drawn_as_pictures_are():
@@ -2443,6 +2452,13 @@ def tiny_run(name, config, **changes):
     return replace(config, steps=8, **size, **changes)
 
 
+def small_run(name):
+    """The same of a small transformer: bfloat16 takes long on a CPU."""
+    config = PROGRAMS[name].CONFIGS["tiny"]
+    channels = {"channels": config.flux.channels} if name == "flux" else {}
+    return tiny_run(name, replace(config, **{name: replace(SMALL[name], **channels)}))
+
+
 @pytest.mark.parametrize("shape", [(3, 20, 50), (2, 64, 16)])
 def test_updates_have_singular_values_of_about_1(shape):
     x = torch.randn(shape, device=DEVICE)
@@ -2456,13 +2472,13 @@ def test_updates_have_singular_values_of_about_1(shape):
 def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, tmp_path, capsys, name):
     monkeypatch.setattr(torch, "compile", lambda f=None, **options: f or (lambda g: g))     # slower than these steps
     monkeypatch.setattr(train_tiny, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(train_tiny, "SAMPLES", 4)
+    monkeypatch.setattr(train_tiny, "SAMPLES", 4 if name == "flux" else 2)  # pictures are four a row
     monkeypatch.setattr(train_tiny, "CAPTIONS", 500)
     monkeypatch.setattr(train_tiny, "SHEETS", 1)
     recipe, folder, work = train_tiny.RECIPES[name], tmp_path / "weights", tmp_path / "work"
     program, config = recipe.program, recipe.program.CONFIGS["tiny"]
     first = sum(stage.name.startswith("autoencoder") for stage in recipe.stages)
-    stages = [replace(stage, size=32, crop=min(16, stage.crop), scenes=4, batch=2, steps=3, frames=min(5, stage.frames))
+    stages = [replace(stage, size=32, crop=min(16, stage.crop), scenes=4, batch=2, steps=2, frames=min(5, stage.frames))
               for stage in recipe.stages[:first] + recipe.stages[-2:]]
 
     def train(work, stages=stages):
@@ -2499,28 +2515,41 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
         capsys.readouterr()
         bench.main()
         return capsys.readouterr().out.splitlines()
-    monkeypatch.setitem(program.CONFIGS, "tiny", tiny_run(name, config, weights=str(folder)))
+    presets = {preset: config.presets[preset] for preset in ("columns", "balanced")}
+    monkeypatch.setitem(program.CONFIGS, "tiny", tiny_run(name, config, weights=str(folder), presets=presets))
     title, _, dense, *others, _, _ = table("score")
     assert f"| {name} tiny, 2 captions, 8 steps" in title and "| PSNR to dense | SSIM |" in title
     assert dense.endswith("| - | - |")
-    assert len(others) == 5 and all(" dB | " in row for row in others)
+    assert [row.split("|")[1].strip() for row in others] == [*(f"preset {preset}" for preset in presets),
+                                                             "the paper's rule and plan"]
+    assert all(" dB | " in row for row in others)
 
     plans = bench.plans_to_compare(name, config)                            # for 50 steps; 8 are enough here
     monkeypatch.setattr(bench, "plans_to_compare", lambda *_: {
         family: [(label, 8, sparsity and fit_steps(sparsity, 8, 50)) for label, _, sparsity in some[-2:]]
         for family, some in plans.items()})
     monkeypatch.setattr(bench, "FIGURES", tmp_path)
+    looked_at = []                                                          # score has shown that the judge can look
+
+    def look(asked, drawn, templates):
+        looked_at.append(drawn)
+        return [(1, 4, 0, 1, True)] * len(asked)
+    monkeypatch.setattr(bench, "looked_at", look)
     title, _, *said = table("frontier")
     rows, points = said[:len(plans)], [line.split(": ", 1) for line in said[-len(plans):]]
     assert [row.split("|")[1].strip() for row in rows] == list(plans) and title.count("x |") == len(bench.SPEEDUPS)
     assert [family for family, _ in points] == list(plans)
-    assert all(some.count("x ") == some.count(" dB") == len(plans[family][-2:]) for family, some in points)
+    for family, some in points:
+        assert some.count("x ") == some.count(" dB 25%") == len(plans[family][-2:])
+    assert sum(map(len, looked_at)) == 2 * sum(some.count(" dB") for _, some in points)
     assert Image.open(tmp_path / f"frontier-{name}.png").width > 500
+    skipping_plans = bench.skipping_plans
+    monkeypatch.setattr(bench, "skipping_plans", lambda *given: dict([*skipping_plans(*given).items()][:2]))
     title, _, *rows, _, _ = table("caching")
     assert "8 dense steps, some repeated" in title and len(rows) == 6 and " dB | " in rows[0]
     title, _, *rows, _, _ = table("caching", "--steps", "4")
     assert "4 dense steps, some repeated" in title and any(row.startswith("| 2.0x | the first ") for row in rows)
-    assert bench.skipping_plans(4, 2.0)[1, 2] == (1, 3) and bench.skipping_plans(50, 2.75)[2, 3][:4] == (2, 3, 5, 6)
+    assert skipping_plans(4, 2.0)[1, 2] == (1, 3) and skipping_plans(50, 2.75)[2, 3][:4] == (2, 3, 5, 6)
 
 
 def test_processes_that_train_together_draw_their_own_scenes_and_end_with_the_same_weights(monkeypatch, tmp_path):
@@ -2594,7 +2623,7 @@ def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
         return now[0]
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=perf_counter))
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: None)
-    config = tiny_run(name, PROGRAMS[name].CONFIGS["tiny"])
+    config = small_run(name)
     monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "times.json")
     bench.STEP_TIMES.write_text('{"another": {}}')
     bench.note_times(name, *bench.speed_table(name, "tiny", config, CPU), CPU)
@@ -3879,8 +3908,9 @@ def test_several_processes_draw_what_one_does_and_one_speaks(call, monkeypatch, 
 def test_speed_table_says_how_many_gpus_and_how_long_they_talk(tmp_path):
     def work(rank):
         nn.Module.compile = lambda self, **options: None
-        ranks = parallel.start(CPU, 4)
-        bench.speed_table("flux", "tiny", tiny_run("flux", flux_chipmunk.CONFIGS["tiny"]), CPU, ranks)
+        config = small_run("flux")
+        ranks = parallel.start(CPU, config.flux.heads)
+        bench.speed_table("flux", "tiny", config, CPU, ranks)
         parallel.leave(ranks)
     assert run_several(2, work, tmp_path) == [0, 0] and not (tmp_path / "1.out").read_text()
     title, _, *rows, _, _ = (tmp_path / "0.out").read_text().splitlines()

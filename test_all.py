@@ -1893,7 +1893,7 @@ def test_a_result_is_made_again_by_the_command_that_it_remembers(call, tmp_path,
     said = json.loads(texts["settings"])
     assert texts["prompt"] == PROMPT and texts["seed"] == "7" and said["delta"] == "paper"
     assert said.get("negative-prompt") == more.get("negative_prompt")
-    assert call(name, out=other, **SHORT[name] | {"width": 160})[0] == 0
+    assert call(name, out=other, **SHORT[name] | {"width": 160, "steps": 1})[0] == 0
     flags = shlex.split(texts["command"])[2:]
     assert call(name, *flags, "--out", again)[0] == 0                       # two in one process, another size between
     assert first.read_bytes() == again.read_bytes()
@@ -2478,8 +2478,8 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
     recipe, folder, work = train_tiny.RECIPES[name], tmp_path / "weights", tmp_path / "work"
     program, config = recipe.program, recipe.program.CONFIGS["tiny"]
     first = sum(stage.name.startswith("autoencoder") for stage in recipe.stages)
-    stages = [replace(stage, size=32, crop=min(16, stage.crop), scenes=4, batch=2, steps=2, frames=min(5, stage.frames))
-              for stage in recipe.stages[:first] + recipe.stages[-2:]]
+    stages = [replace(stage, size=32, crop=min(16, stage.crop), scenes=4, batch=2, steps=2, text=min(16, stage.text),
+                      frames=min(5, stage.frames)) for stage in recipe.stages[:first] + recipe.stages[-2:]]
 
     def train(work, stages=stages):
         """-> what is written: {part: its file's bytes}"""
@@ -2516,7 +2516,8 @@ def test_training_resumes_and_writes_what_loads_and_can_be_scored(monkeypatch, t
         bench.main()
         return capsys.readouterr().out.splitlines()
     presets = {preset: config.presets[preset] for preset in ("columns", "balanced")}
-    monkeypatch.setitem(program.CONFIGS, "tiny", tiny_run(name, config, weights=str(folder), presets=presets))
+    small = tiny_run(name, config, weights=str(folder), presets=presets, text_length=32)
+    monkeypatch.setitem(program.CONFIGS, "tiny", small)
     title, _, dense, *others, _, _ = table("score")
     assert f"| {name} tiny, 2 captions, 8 steps" in title and "| PSNR to dense | SSIM |" in title
     assert dense.endswith("| - | - |")

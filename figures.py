@@ -277,7 +277,7 @@ def plan():
             yticklabels=[f"layer {i}" for i in range(layers)])
     below.axhline(1, color="black", linewidth=0.8, linestyle=":")
     below.set(xlim=(0, 13), ylim=(0, 1.7), xticks=[i + 0.5 for i in range(13)], xticklabels=range(13), xlabel="step",
-              ylabel="time, dense = 1")
+              ylabel="time, dense model = 1")
     save(figure, "plan")
 
 

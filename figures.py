@@ -6,6 +6,7 @@
     python figures.py plan           what 13 steps do, and what a step of each kind costs
     python figures.py kernel         the way of k and v through a GPU
     python figures.py example        the deltas of attention and of the MLP in numbers (no figure)
+    python figures.py links          points method.md's links at the lines that they name (no figure)
 
 The first three watch the tiny models draw densely, which takes seconds on a CPU, for the videos a minute or two.
 Figures need matplotlib.
@@ -16,8 +17,10 @@ if __name__ == "__main__":
 
 import argparse
 import math
+import re
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -403,9 +406,27 @@ def example():
     mlp_example()
 
 
+def linked(page):
+    """A page's text whose links, as [`fit_steps`](plan.py#L1), point at the line where the first name is defined."""
+    def to_line(link):
+        names, file = link.groups()
+        name = re.search(r"(\w+)`", names)[1]
+        code = (Path(__file__).resolve().parent / file).read_text(encoding="utf-8")
+        found = re.search(rf"^ *(def|class) {name}\b|^{name} = ", code, re.MULTILINE)
+        line = f"#L{code.count(chr(10), 0, found.start()) + 1}" if found else ""
+        return f"[{names}]({file}{line})"
+    return re.sub(r"\[(`[^]]+`)\]\((\w+\.py)(?:#L\d+)?\)", to_line, page)
+
+
+def links():
+    page = Path(__file__).resolve().parent / "method.md"
+    text = linked(page.read_text(encoding="utf-8"))
+    media.write_whole(page, False, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def main():
     draw = {"observation": observation, "order": order, "videos": videos, "plan": plan, "kernel": kernel,
-            "example": example}
+            "example": example, "links": links}
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="+", choices=list(draw), metavar="FIGURE", help=" | ".join(draw))
     for name in parser.parse_args().figures:

@@ -4007,9 +4007,10 @@ def test_method_page_shows_what_figures_prints_and_its_slow_lines_are_the_defini
     attention_lines, mlp_lines = capsys.readouterr().out.split("\n\ngelu")
     assert f"```\n{attention_lines}\n```" in page and f"```\ngelu{mlp_lines}```" in page
     for name in "README.md", "method.md", "results.md":
-        for target in re.findall(r"\]\(([^)#]+)\)", (HERE / name).read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\(([^)#]+)(?:#\S+)?\)", (HERE / name).read_text(encoding="utf-8")):
             assert "://" in target or (HERE / target).exists(), (name, target)
-    named = re.findall(r"\[(`[^]]+`)\]\((\w+\.py)\)", page)               # [(names, the file that has them)]
+    assert figures.linked(page) == page, "python figures.py links"
+    named = re.findall(r"\[(`[^]]+`)\]\((\w+\.py)(?:#L\d+)?\)", page)     # [(names, the file that has them)]
     rows = [row.split("|")[2:5] for row in re.findall(r"^\| [^`|]+\|.*`.*\|.*\|.*\|$", page, re.MULTILINE)]
     programs, *rows = rows[next(i for i, row in enumerate(rows) if "flux_chipmunk.py" in row[0]):]
     named += [(cell, program.strip(" `")) for row in rows for cell, program in zip(row, programs)]

@@ -413,8 +413,10 @@ def linked(page):
         name = re.search(r"(\w+)`", names)[1]
         code = (Path(__file__).resolve().parent / file).read_text(encoding="utf-8")
         found = re.search(rf"^ *(def|class) {name}\b|^{name} = ", code, re.MULTILINE)
-        line = f"#L{code.count(chr(10), 0, found.start()) + 1}" if found else ""
-        return f"[{names}]({file}{line})"
+        if not found:                                                # a file's own name
+            return f"[{names}]({file})"
+        line = code.count("\n", 0, found.start()) + 1
+        return f"[{names}]({file}#L{line})"
     return re.sub(r"\[(`[^]]+`)\]\((\w+\.py)(?:#L\d+)?\)", to_line, page)
 
 

@@ -384,8 +384,10 @@ def masses(values, G, N):
     if values == "wide":                                                    # from denormal to infinite, and zeros
         mass = (2 ** torch.randint(-149, 128, shape, device=DEVICE).double()).float()
         return torch.where(mass < 1e-40, 0, torch.where(mass > 1e38, torch.inf, mass))
-    if values == "misleading":                                              # every fourth, which a sample sees, is zero
+    if values == "misleading":                                              # every fourth, which a subset sees, is zero
         return mass.bfloat16() * (torch.arange(N, device=DEVICE) % 4 > 0)
+    if values == "more misleading":                                         # is larger than all others
+        return mass.bfloat16() + 2 * (torch.arange(N, device=DEVICE) % 4 == 0)
     if values == "equal":
         return torch.full(shape, 0.25, device=DEVICE)
     return mass.to(getattr(torch, values))
@@ -407,7 +409,8 @@ choices = pytest.mark.parametrize("values, static_kind, G, N, keep, share", [
     ("ties", "none", 2, 61, 0.0, 0.2), ("float32", "per group", 2, 61, 0.0, 0.0), ("equal", "none", 1, 1, 0.0, 0.0),
     ("float32", "none", 2, 61, 0.1, 1.0), ("bfloat16", "per group", 2, 130, 0.2, 0.1),
     ("float16", "none", 2, 300, 0.1, 0.0), ("bfloat16", "none", 1, 17000, 0.07, 0.01),
-    ("misleading", "none", 1, 16400, 0.165, 0.0), ("float32", "none", 2, 65_536, 0.01, 0.0),
+    ("misleading", "none", 1, 16400, 0.165, 0.0), ("more misleading", "none", 1, 16400, 0.165, 0.0),
+    ("more misleading", "per group", 1, 16400, 0.165, 0.2), ("float32", "none", 2, 65_536, 0.01, 0.0),
     ("bfloat16", "all groups", 2, 65_537, 0.01, 0.0), ("float32", "none", 1, 131_100, 0.001, 0.001),
     ("float32", "none", 2, 61, 0.01, 0.0), ("bfloat16", "none", 1, 5000, 0.0001, 0.0)])   # 1 column: Triton's constant
 

@@ -517,16 +517,16 @@ def choose_columns_ref(mass: Tensor, keep: float, random: float, static: Tensor 
     page_ends = torch.arange(PAGE, N + PAGE, PAGE, device=mass.device).clamp(max=N)    # (P,)
     groups = []
     for g, mass_g in enumerate(mass.unbind(-2)):                                  # (..., N)
-        unranked = _hash(seed, g, column) < round(random * 2 ** 24)               # (N,): listed whatever their mass
+        forced = _hash(seed, g, column) < round(random * 2 ** 24)                 # (N,): listed whatever their mass
         if static is not None:
-            unranked = unranked | (static[g] if static.dim() > 1 else static)
-        chosen = unranked.expand(mass_g.shape)                                    # (..., N)
+            forced = forced | (static[g] if static.dim() > 1 else static)
+        chosen = forced.expand(mass_g.shape)                                      # (..., N)
         if top > 0:
             threshold = mass_g.topk(top, sorted=True).values[..., -1:]            # (..., 1)
             above = mass_g > threshold                                            # (..., N)
-            tied = (mass_g == threshold) & ~unranked
+            tied = (mass_g == threshold) & ~forced
             ties_wanted = top - above.sum(-1, keepdim=True)                       # (..., 1)
-            chosen = unranked | above | tied & (tied.cumsum(-1) <= ties_wanted)   # (..., N)
+            chosen = forced | above | tied & (tied.cumsum(-1) <= ties_wanted)     # (..., N)
 
         so_far = chosen.cumsum(-1)                                                # (..., N)
         slot = torch.where(chosen, so_far - 1, K).clamp(max=K)                    # K: an extra slot, cut off below
@@ -575,16 +575,16 @@ def _mark_forced_kernel(forced_ptr, static_ptr, stride_static, seed, random_belo
 # Columns 0, 2 and 6 are taken.
 @_jit
 def _find_threshold(bits_ptr, n, step, top, lo, hi, SHIFT: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr):
-    """The threshold is the top-th largest of n integers in 0..END -> threshold, ties_wanted: how many of the integers
-    that equal it are among the top. The integers are bits SHIFT and up of numbers that lie `step` apart in memory.
+    """The threshold is the top-th largest of n integers in 0..END, 0 if n < top -> threshold, ties_wanted: how many of
+    the integers that equal it are among the top. They are bits SHIFT and up of numbers `step` apart in memory.
 
     Each round counts the integers in 62 bins over lo..hi - 1 and in one bin on either side. The bin that holds the
     threshold is the next lo..hi - 1. The first lo and hi may be a wrong guess: then an outer bin holds it."""
     lane = tl.arange(0, BLOCK)
     bins = tl.arange(0, 64)
     ties_wanted = top
-    lo = lo.to(tl.int64)
-    hi = hi.to(tl.int64)                                                          # lo + 2^shift may reach 2^31
+    lo = tl.cast(lo, tl.int64)
+    hi = tl.cast(hi, tl.int64)                                                    # lo + 2^shift may reach 2^31
     while hi - lo > 1:
         shift = 0                                                                 # an inner bin is 2^shift wide
         while (hi - lo - 1) >> shift >= 62:
@@ -611,7 +611,8 @@ def _find_threshold(bits_ptr, n, step, top, lo, hi, SHIFT: tl.constexpr, END: tl
 
 
 @_jit
-def _gather_near(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, N, lo, THREADS: tl.constexpr, PAGE: tl.constexpr):
+def _gather_near(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, N, lo,
+                 END: tl.constexpr, THREADS: tl.constexpr, PAGE: tl.constexpr):
     """Note those columns of a row whose mass is at least lo, and the forced ones, in ascending order, as
     mass << 16 | column within its page -> how many; page_ends (P,): how many by the end of each page."""
     pair_type: tl.constexpr = near_ptr.dtype.element_ty
@@ -619,13 +620,14 @@ def _gather_near(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, N, lo, THREADS: 
     count = 0
     for start in range(0, N, 8 * THREADS):
         # A thread takes 8 neighbouring masses and counts them by itself, so that all threads together scan an eighth:
-        # 5.8 instead of 9.8 ms for 119,040 tokens on an H200.
+        # 5.8 instead of 9.8 ms for 119,040 tokens on an H200. Unless N is a multiple of 16 and a mass has 16 bits,
+        # Triton spreads a row of 8 over threads, which is slower.
         first = start + 8 * tl.arange(0, THREADS)                                 # (THREADS,)
         column = first[:, None] + eight                                           # (THREADS, 8)
-        bits = tl.load(bits_ptr + column, mask=column < N, other=0)               # past the end: the last of all ties
+        bits = tl.load(bits_ptr + column, mask=column < N, other=0) & END         # without the sign of -0.0
         if forced_ptr is not None:
             bits |= tl.load(forced_ptr + column, mask=column < N, other=0)
-        masses, before = (), ()
+        masses, before = (), ()                             # before: how many of a thread's masses before this are near
         mine = tl.zeros((THREADS,), tl.int32)
         for i in tl.static_range(8):
             mass = tl.sum(tl.where(eight == i, bits, 0), 1).to(tl.uint32)         # (THREADS,): just picks a register
@@ -636,7 +638,7 @@ def _gather_near(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, N, lo, THREADS: 
         for i in tl.static_range(8):
             pair = masses[i].to(pair_type) << 16 | (first + i).to(tl.uint16).to(pair_type)
             tl.store(near_at + before[i], pair, mask=masses[i] >= lo)
-        count += tl.sum(mine)
+        count = tl.minimum(count + tl.sum(mine), N)         # if lo = 0, zeros past the end come after all N columns
         tl.store(page_ends_ptr + start // PAGE, count)                            # a page's last tile has the last word
     return count
 
@@ -665,19 +667,20 @@ def _list_chosen(near_ptr, columns_ptr, begin, end, count, threshold, ties_wante
 
 
 @_jit
-def _choose_columns_kernel(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, columns_ptr, counts_ptr, stride_forced, top,
-                           margin, rows, G, N, K, room, BITS: tl.constexpr, SUBSET: tl.constexpr,
+def _choose_columns_kernel(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, columns_ptr, counts_ptr, top, margin,
+                           rows, G, N, K, stride_forced, stride_near, BITS: tl.constexpr, SUBSET: tl.constexpr,
                            THREADS: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr):
-    """One program: some of the rows, which are a head's groups, one row after another.
+    """One program: some of the rows, one after another. A row is a group of a head.
 
     Only near columns, those that a subset of the row cannot rule out, are looked at more than once: an eighth to a
-    quarter of a row. 5.8 instead of 12.0 ms for 119,040 tokens on an H200. Masses are compared as integers, since
-    floats that are not negative are ordered as their bits are. Forced columns, with the sign bit, exceed all others."""
+    quarter of a row if 7 to 17 % are kept. 5.8 instead of 12.0 ms for 119,040 tokens on an H200. Masses are compared
+    as integers, since floats that are not negative are ordered as their bits are. Forced columns, with the sign bit,
+    exceed all others."""
     END: tl.constexpr = (1 << BITS - 1) - 1
     lane = tl.arange(0, BLOCK)
     heads = rows // G
     P = tl.cdiv(N, PAGE)
-    near_ptr += tl.program_id(0).to(tl.int64) * room
+    near_ptr += tl.program_id(0).to(tl.int64) * stride_near
     page_ends_ptr += tl.program_id(0) * P
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
         g = i // heads                                      # heads in turn: they share forced columns, 5.8 for 6.3 ms
@@ -687,16 +690,17 @@ def _choose_columns_kernel(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, column
         if forced_ptr is not None:
             row_forced_ptr += g.to(tl.int64) * stride_forced
 
-        # The subset, SUBSET masses that lie evenly apart, has its own top. Near columns begin a margin below that.
+        # Of SUBSET masses that lie evenly apart, about top SUBSET / N are among the row's top. The one `margin` places
+        # further down is most likely below the row's threshold: there near columns begin. In short rows all are near.
         lo = tl.cast(0, tl.uint32)
         subset_top = (tl.cast(top, tl.int64) * SUBSET // N).to(tl.int32) + margin
         if (N >= 4 * SUBSET) & (subset_top < SUBSET):
-            lo, _ = _find_threshold(row_bits_ptr, SUBSET, N // SUBSET, subset_top, lo, lo + END, 0, END, SUBSET)
-        hi = tl.minimum(lo.to(tl.int64) + (62 << BITS - 16), END)                 # bins from one bfloat16 to the next
+            lo, _ = _find_threshold(row_bits_ptr, SUBSET, N // SUBSET, subset_top, 0, END, 0, END, SUBSET)
+        hi = tl.minimum(lo.to(tl.int64) + (62 << BITS - 16), END)                 # a bin goes to the next bfloat16
+        near, threshold, ties_wanted = 0, lo, top           # Triton wants them before the loop, with their types
         enough = False
-        near, threshold, ties_wanted = 0, lo, top                                 # of the types that they will have
         while not enough:
-            near = _gather_near(row_bits_ptr, row_forced_ptr, near_ptr, page_ends_ptr, N, lo, THREADS, PAGE)
+            near = _gather_near(row_bits_ptr, row_forced_ptr, near_ptr, page_ends_ptr, N, lo, END, THREADS, PAGE)
             tl.debug_barrier()                                                    # other threads read what these wrote
             threshold, ties_wanted = _find_threshold(near_ptr, near, 1, top, lo, hi, 16, END, BLOCK)
             enough = threshold >= lo                        # else the subset has misled: again, with all columns near
@@ -727,13 +731,14 @@ def choose_columns_triton(mass: Tensor, keep: float, random: float, static: Tens
     top, K = _list_sizes(N, keep, random, static_most)
 
     forced = None
+    stride_static, stride_forced = 0, 0                                           # 0: all groups share a row
+    if static is not None:
+        static = static.contiguous().view(torch.uint8)                            # (N,) or (G, N)
+        stride_static = N if static.dim() == 2 else 0
     if random > 0 or static is not None:
-        forced = torch.empty(G, N, dtype=bits.dtype, device=mass.device)
-        stride_static = 0                                                         # all groups share a row
-        if static is not None:
-            static = static.contiguous().view(torch.uint8)                        # (N,) or (G, N)
-            stride_static = N if static.ndim == 2 else 0
-        _mark_forced_kernel[(G, triton.cdiv(N, 1024))](
+        stride_forced = N if random > 0 or stride_static else 0
+        forced = torch.empty(G if stride_forced else 1, N, dtype=bits.dtype, device=mass.device)
+        _mark_forced_kernel[(len(forced), triton.cdiv(N, 1024))](
             forced, static, stride_static, seed & 0x7FFFFFFF, round(random * 2 ** 24), N,
             BITS=8 * mass.itemsize, BLOCK=1024)
 
@@ -742,13 +747,15 @@ def choose_columns_triton(mass: Tensor, keep: float, random: float, static: Tens
     # At 64 registers a thread 8 programs share a multiprocessor: 5.8 instead of 8.1 ms with the 112 that Triton takes.
     processors = torch.cuda.get_device_properties(mass.device).multi_processor_count if mass.is_cuda else 1
     programs = min(rows, 8 * processors)
-    room = triton.cdiv(N, 1024) * 1024                      # whole tiles: all columns may be near
-    near = torch.empty(programs, room, dtype=torch.uint32 if mass.itemsize == 2 else torch.uint64, device=mass.device)
+    # Room for all columns, in whole tiles, as all may be near: 0.5 GB for 119,040 tokens. A pair has 16 + 16 bits, or
+    # 32 + 16.
+    pair_dtype = torch.uint32 if mass.itemsize == 2 else torch.uint64
+    near = torch.empty(programs, triton.cdiv(N, 1024) * 1024, dtype=pair_dtype, device=mass.device)
     page_ends = torch.empty(programs, P, dtype=torch.int32, device=mass.device)
     SUBSET = 512                                            # 1024: FLUX.1 in 0.033 instead of 0.027 ms, videos alike
     margin = math.ceil(4 * math.sqrt(SUBSET * keep * (1 - keep)))                 # 4 sigma: misleads 3 rows in 100,000
     _choose_columns_kernel[(programs,)](
-        bits, forced, near, page_ends, columns, counts, N, top, margin, rows, G, N, K, room,
+        bits, forced, near, page_ends, columns, counts, top, margin, rows, G, N, K, stride_forced, near.stride(0),
         BITS=8 * mass.itemsize, SUBSET=SUBSET, THREADS=128, BLOCK=512, PAGE=PAGE, num_warps=4, maxnreg=64)
     return columns, counts
 

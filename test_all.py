@@ -390,6 +390,8 @@ def masses(values, G, N):
         return mass.bfloat16() + 2 * (torch.arange(N, device=DEVICE) % 4 == 0)
     if values == "equal":
         return torch.full(shape, 0.25, device=DEVICE)
+    if values == "zeros":                                                   # of both signs
+        return torch.zeros(shape, device=DEVICE) * torch.where(mass < 0.5, -1, 1)
     return mass.to(getattr(torch, values))
 
 
@@ -405,6 +407,7 @@ choices = pytest.mark.parametrize("values, static_kind, G, N, keep, share", [
     ("float32", "none", 3, 130, 0.165, 0.0), ("float32", "all groups", 2, 200, 0.05, 0.01),
     ("float32", "per group", 2, 5000, 0.1, 0.01), ("ties", "none", 3, 130, 0.3, 0.0),
     ("ties", "per group", 1, 5000, 0.2, 0.3), ("wide", "none", 2, 61, 0.5, 0.05), ("wide", "none", 2, 61, 0.02, 0.0),
+    ("zeros", "per group", 2, 61, 1.0, 0.2), ("zeros", "none", 1, 5000, 0.8, 0.9),
     ("equal", "all groups", 2, 130, 0.1, 0.0), ("float32", "none", 2, 61, 1.0, 0.0),
     ("ties", "none", 2, 61, 0.0, 0.2), ("float32", "per group", 2, 61, 0.0, 0.0), ("equal", "none", 1, 1, 0.0, 0.0),
     ("float32", "none", 2, 61, 0.1, 1.0), ("bfloat16", "per group", 2, 130, 0.2, 0.1),

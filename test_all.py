@@ -450,6 +450,22 @@ def test_choosing_kernel_equals_its_definition(poison, kind, values, static_kind
         assert same(got, want) and same(got_counts, want_counts)
 
 
+@needs_kernels
+@pytest.mark.parametrize("kind", ["triton"])
+def test_choosing_kernel_equals_its_definition_whatever_comes(poison, kind):
+    """Tiles and the subset begin and end at multiples of 512; shares at the ends; masses of which many are alike."""
+    draw = random.Random(0)
+    for _ in range(25):
+        N, G = draw.choice((1, 61, 1000, 1024, 1025, 2047, 2048, 2559, 3073)), draw.choice((1, 3))
+        values = draw.choice(("float32", "bfloat16", "float16", "ties", "zeros", "misleading", "more misleading"))
+        mass = masses(values, G, N) * (torch.rand(G, N, device=DEVICE) < draw.choice((0.1, 1)))
+        keep, share = draw.choice((0, 1 / N, 0.1, 0.5, 0.999, 1)), draw.choice((0, 0.01, 0.9, 1))
+        static, most = statics(draw.choice(("none", "all groups", "per group")), G, N)
+        case = mass, keep, share, static, draw.randrange(2 ** 40), draw.choice((most, most // 2))
+        want, got = sk.choose_columns_ref(*case), sk.choose_columns_triton(*case)
+        assert same(got[0], want[0]) and same(got[1], want[1]), (values, tuple(mass.shape), *case[1:3], case[4:])
+
+
 def test_random_columns_are_random():
     G, N, share = 64, 2000, 0.05
     mass = torch.zeros(1, 2, G, N, device=DEVICE)

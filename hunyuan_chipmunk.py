@@ -44,8 +44,9 @@ import processes
 from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import homes, in_chunks, move_caches, move_weights, visit
-from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads
+from parallel import Ranks, gather_heads, gather_rows, own_rope, own_rows, scatter_heads, spread
 from plan import Sparsity, make_plan, make_presets, until_sparse
+from sparse_kernels import apply_rope
 from text_encoders import (CLIP_L, LLAMA_8B, CLIPConfig, CLIPTextEncoder, LlamaConfig, LlamaEncoder,
                            load_clip_tokenizer, load_t5_tokenizer, tokenize)
 from voxel import token_order
@@ -112,7 +113,7 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 # is used for. The other presets skip whole steps, which is closer to dense at their speed (results.md).
 HUNYUAN_COLUMNS = Sparsity(attn_keep=0.05, mlp_keep=0.0, delta="pooled", full=6, choose=3)
 HUNYUAN_PRESETS = make_presets(HUNYUAN_COLUMNS)
-HUNYUAN_COSTS = {"dense": 1.01, "measure": 1.33, "refresh": 1.07, "sparse": 0.56, "skip": 0.0003}
+HUNYUAN_COSTS = {"dense": 1.02, "measure": 1.37, "refresh": 1.09, "sparse": 0.48, "skip": 0.0005}
 
 CONFIGS = {
     "tiny": Config(
@@ -158,7 +159,7 @@ class Layout(NamedTuple):
     grid: tuple                # (t, h, w) video tokens
     order: torch.Tensor        # (N,) video tokens, voxel after voxel instead of raster
     inverse: torch.Tensor      # (N,) back to raster
-    rope: tuple                # cos, sin (N + T, D / 2) float32, video in `order` first, text last
+    rope: tuple                # cos, sin (N + T, D / 2) float32, video in `order` first, text last; this process's rows
     static: torch.Tensor       # (N + T,) bool: columns that are always recomputed (the text)
     ranks: Ranks | None        # several GPUs: who has which rows of video and text
 
@@ -175,15 +176,9 @@ def make_layout(config, grid, text_length, device="cpu", ranks=None):
         angles.append(ids[:, axis, None] * omega)                    # (N + T, dim / 2)
     angles = torch.cat(angles, dim=-1)                               # (N + T, D / 2)
     static = torch.arange(len(ids), device=device) >= len(order)
-    rope = angles.cos().float(), angles.sin().float()
-    return Layout(grid, order, order.argsort(), rope, static, parallel.spread(ranks, len(ids)))
-
-
-def apply_rope(x, rope):
-    """Rotate neighbouring pairs of x (B, H, N, D) by the angles of their position."""
-    cos, sin = rope                                                  # (N, D / 2)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # (B, H, N, D / 2) each
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    ranks = spread(ranks, len(ids))
+    rope = own_rope(ranks, (angles.cos().float(), angles.sin().float()))
+    return Layout(grid, order, order.argsort(), rope, static, ranks)
 
 
 def sinusoid(t, dim=256):
@@ -211,7 +206,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
 
 
 class Modulation(nn.Module):
@@ -229,7 +224,7 @@ class Modulation(nn.Module):
 def modulate(x, shift, scale):
     """Layer norm without weights of its own, then this step's shift and scale, in float32 as under the original's
     autocast. x (B, N, C)."""
-    return ((1 + scale) * F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) + shift).to(x.dtype)
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -255,14 +250,12 @@ def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def joint_attention(qkv, rope, mask, layer_state, step, n_video, ranks):
+def joint_attention(qkv, mask, layer_state, step, n_video, ranks):
     """qkv: list of q, k, v (B, H, N + T, D), of which the first n_video = N rows are the video's; it is emptied, as
     these are large -> (B, N + T, C); with ranks, this process's rows of them. mask (B, 1, 1, N + T) bool or None.
     Chipmunk serves the video's rows; the few text rows are dense and see all."""
     q, k, v = scatter_heads(ranks, *qkv)
     qkv.clear()
-    q = apply_rope(q, rope)                                          # one after the other, for the same reason
-    k = apply_rope(k, rope)
     if layer_state is None:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
@@ -291,8 +284,8 @@ class RefinerBlock(nn.Module):
         attn = self.attn
         q, k, v = (split_heads(f(h), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))     # (B, H, T, D) each
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + gate1 * self.attn.to_out[0](o.transpose(1, 2).flatten(2))        # (B, T, C)
-        return x + gate2 * self.ff(self.norm2(x), F.silu)
+        x = x.addcmul(gate1, self.attn.to_out[0](o.transpose(1, 2).flatten(2)))  # (B, T, C)
+        return x.addcmul(gate2, self.ff(self.norm2(x), F.silu))
 
 
 class TokenRefiner(nn.Module):
@@ -333,28 +326,30 @@ class DualBlock(nn.Module):
 
     def forward(self, video, text, vec, rope, mask, layer_state, step, n_video, ranks=None):
         """video (B, N, C), text (B, T, C), vec (B, C), n_video = N -> video, text; with ranks, this process's rows of
-        them, but n_video counts all."""
+        them and of rope, but n_video counts all."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(vec)
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = self.norm1_context(vec)
         attn, n = self.attn, video.shape[1]
 
-        qkv = self.qkv(modulate(video, shift1, scale1), modulate(text, text_shift1, text_scale1))
-        o = joint_attention(qkv, rope, mask, layer_state, step, n_video, ranks)      # (B, N + T, C)
-        video = video + gate1 * attn.to_out[0](o[:, :n])
-        text = text + text_gate1 * attn.to_add_out(o[:, n:])
-        video = video + gate2 * in_chunks(lambda x: self.ff(modulate(x, shift2, scale2)), video)
-        text = text + text_gate2 * self.ff_context(modulate(text, text_shift2, text_scale2))
+        qkv = self.qkv(modulate(video, shift1, scale1), modulate(text, text_shift1, text_scale1), rope)
+        o = joint_attention(qkv, mask, layer_state, step, n_video, ranks)      # (B, N + T, C)
+        video = video.addcmul(gate1, attn.to_out[0](o[:, :n]))
+        text = text.addcmul(text_gate1, attn.to_add_out(o[:, n:]))
+        video = video.addcmul(gate2, in_chunks(lambda x: self.ff(modulate(x, shift2, scale2)), video))
+        text = text.addcmul(text_gate2, self.ff_context(modulate(text, text_shift2, text_scale2)))
         return video, text
 
-    def qkv(self, x, c):
+    def qkv(self, x, c, rope):
         """x (B, N, C) of the video, c (B, T, C) of the text -> [q, k, v] (B, H, N + T, D)"""
         attn = self.attn
         projections = attn.to_q, attn.to_k, attn.to_v
         text_projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
         q, k, v = (split_heads(f(x), self.heads) for f in projections)               # (B, H, N, D) each
         text_q, text_k, text_v = (split_heads(f(c), self.heads) for f in text_projections)   # (B, H, T, D) each
-        return [torch.cat([attn.norm_q(q), attn.norm_added_q(text_q)], dim=2),
-                torch.cat([attn.norm_k(k), attn.norm_added_k(text_k)], dim=2), torch.cat([v, text_v], dim=2)]
+        rope = [table[:x.shape[1]] for table in rope]                                # text is not rotated
+        return [torch.cat([apply_rope(q, rope, attn.norm_q.weight), attn.norm_added_q(text_q)], dim=2),
+                torch.cat([apply_rope(k, rope, attn.norm_k.weight), attn.norm_added_k(text_k)], dim=2),
+                torch.cat([v, text_v], dim=2)]
 
 
 class SingleBlock(nn.Module):
@@ -369,18 +364,18 @@ class SingleBlock(nn.Module):
         self.proj_out = nn.Linear(config.dim + config.ff, config.dim)
 
     def forward(self, x, vec, rope, mask, layer_state, step, n_video, ranks=None):
-        """x (B, N + T, C), vec (B, C), n_video = N -> x; with ranks, this process's rows of it, but n_video counts
-        all."""
+        """x (B, N + T, C), vec (B, C), n_video = N -> x; with ranks, this process's rows of it and of rope, but
+        n_video counts all."""
         shift, scale, gate = self.norm(vec)
         h = modulate(x, shift, scale)
-        o = joint_attention(self.qkv(h), rope, mask, layer_state, step, n_video, ranks)  # (B, N + T, C)
-        return x + gate * in_chunks(self.out, o, h)
+        o = joint_attention(self.qkv(h, rope), mask, layer_state, step, n_video, ranks)  # (B, N + T, C)
+        return x.addcmul(gate, in_chunks(self.out, o, h))
 
-    def qkv(self, h):
+    def qkv(self, h, rope):
         """h (B, N + T, C) -> [q, k, v] (B, H, N + T, D)"""
         attn = self.attn
         q, k, v = (split_heads(f(h), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
-        return [attn.norm_q(q), attn.norm_k(k), v]
+        return [apply_rope(q, rope, attn.norm_q.weight), apply_rope(k, rope, attn.norm_k.weight), v]
 
     def out(self, o, h):
         """What attention gave and what went into it, (B, N + T, C) each -> (B, N + T, C)"""

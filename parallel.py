@@ -9,9 +9,9 @@ Each holds all weights, some rows (tokens) of the sequence, and some heads of at
     linears, norms, MLPs                    attention                               linears, norms, MLPs
 
 So attention, and what Chipmunk remembers of it, are as in one process but for the number of heads, and the result is
-the same. All processes know the latents and move them alike. Rank 0 decodes and writes. A model calls `own_rows` before
-its blocks, `scatter_heads` and `gather_heads` around attention, and `gather_rows` at its end. With ranks=None, one
-process, these change nothing.
+the same. All processes know the latents and move them alike. Rank 0 decodes and writes. A model calls `own_rows` and
+`own_rope` before its blocks, `scatter_heads` and `gather_heads` around attention, and `gather_rows` at its end. With
+ranks=None, one process, these change nothing.
 """
 import math
 import os
@@ -73,6 +73,11 @@ def own_rows(ranks, *parts):
         own.append(part.split(shares(ranks, first, part.shape[1]), dim=1)[ranks.rank])
         first += part.shape[1]
     return own
+
+
+def own_rope(ranks, rope):
+    """This rank's rows of the sequence's cosines and sines (N, D / 2) each."""
+    return tuple(own_rows(ranks, table[None])[0][0] for table in rope)
 
 # ---------------------------------------------------------------------------------------------------------
 # collectives

@@ -218,6 +218,30 @@ def op(name, kind):
 
 
 @every_kind
+@pytest.mark.parametrize("N, _, D", SHAPES)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_multiplies_pairs_by_complex_numbers(poison, kind, dtype, N, _, D, normed):
+    x = inputs(N, N, D, dtype, strided=D != 16)[0]
+    scale = torch.rand(2 * D, device=DEVICE).to(dtype)[::2] if normed else None
+    angles = 100 * torch.rand(N, D // 2, device=DEVICE, dtype=torch.float64)
+    rows = x.double()
+    if normed:
+        rows = rows / rows.square().mean(-1, keepdim=True).sqrt() * scale
+    pairs = torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous())
+    want = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for out in (dtype, wide):                                               # what Wan2.1 asks for, the other way round
+        rope = angles.cos().to(wide), angles.sin().to(wide)
+        got = sk.apply_rope(x, rope, scale, out) if kind == "public" else op("apply_rope", kind)(x, *rope, scale, out)
+        assert got.dtype == out and got.is_contiguous()
+        tolerance = max(2e-5, torch.finfo(out).eps)                         # eps of norms; the interpreter rounds down
+        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+    with torch.enable_grad():                                               # what training sees
+        x.requires_grad_()
+        assert sk.apply_rope(x, rope).requires_grad
+
+
+@every_kind
 @pytest.mark.parametrize("Nq, Nk, D", SHAPES)
 def test_attention_and_column_mass_equal_dense_sums(poison, kind, dtype, Nq, Nk, D):
     q, k, v = inputs(Nq, Nk, D, dtype, strided=D != 16)
@@ -601,11 +625,13 @@ def test_registered_ops_keep_their_promises_when_compiled():
     x, w1, b1, w2t = mlp_inputs(130, 16, 61, torch.float32, B=1)
     act, out = torch.zeros(1, 61, 130, device=DEVICE), torch.zeros(1, 130, 16, device=DEVICE)
     delta = torch.zeros(1, 2, 64, 128, device=DEVICE)
-    calls = [(sk._attention_op, (q, k, v)), (sk._attention_with_column_mass_op, (q, k, v, lse)),
-             (sk._choose_columns_op, (q.abs(), 0.3, 0.1, None, 1, 0)),
-             (sk._column_sparse_attention_op, (q, k, v, lse, columns, counts, o, -1.0)),
-             (sk._sparse_mlp_fc1_op, (x, w1, b1, columns[:, 0], counts[:, 0], act)),
-             (sk._sparse_mlp_fc2_op, (delta, w2t, columns[:, 0], counts[:, 0], out))]
+    rope = torch.rand(2, 130, 8, device=DEVICE)
+    calls = [(sk._apply_rope_op.op, (q, *rope, None, torch.float16)),
+             (sk._attention_op.op, (q, k, v)), (sk._attention_with_column_mass_op.op, (q, k, v, lse)),
+             (sk._choose_columns_op.op, (q.abs(), 0.3, 0.1, None, 1, 0)),
+             (sk._column_sparse_attention_op.op, (q, k, v, lse, columns, counts, o, -1.0)),
+             (sk._sparse_mlp_fc1_op.op, (x, w1, b1, columns[:, 0], counts[:, 0], act)),
+             (sk._sparse_mlp_fc2_op.op, (delta, w2t, columns[:, 0], counts[:, 0], out))]
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
@@ -632,7 +658,7 @@ for call in (lambda: sk.attention_triton(q, q, q), lambda: sk.choose_columns_tri
 
 def test_an_op_with_a_kernel_is_four_functions():
     ops = [name.removesuffix("_triton") for name in vars(sk) if name.endswith("_triton") and name[0] != "_"]
-    assert len(ops) == 6 and all(op in sk.__doc__ for op in ops)
+    assert len(ops) == 7 and all(op in sk.__doc__ for op in ops)
     for name in [name for op in ops for name in (op, f"{op}_ref", f"_{op}_op")]:
         assert callable(getattr(sk, name))
 
@@ -642,6 +668,11 @@ def test_kernels_say_what_is_wrong():
     q, k, v = inputs(130, 61, 16)
     with pytest.raises(ValueError, match="head dimension"):
         sk.attention_triton(*inputs(130, 61, 48))
+    with pytest.raises(ValueError, match="head dimension"):
+        sk.apply_rope_triton(inputs(8, 8, 48)[0], *torch.rand(2, 8, 24, device=DEVICE), None, torch.float32)
+    for rows, scale in ((129, None), (1, None), (130, torch.rand(1, device=DEVICE))):
+        with pytest.raises(ValueError, match="do not fit x of 130 rows and 16"):
+            sk.apply_rope(q, torch.rand(2, rows, 8, device=DEVICE).unbind(), scale)
     with pytest.raises(ValueError, match="share one of"):
         sk.attention_triton(q, k.half(), v)
     for attention in sk.attention, sk.attention_triton:
@@ -821,7 +852,7 @@ def fresh_state(model, sparsity, layout):
     layers = sum(map(len, block_lists(model).values()))
     pooled = len(layout.order)                                              # a text behind them is static
     if isinstance(model, flux_chipmunk.Flux):
-        pooled = len(layout.rope[0])                                        # its text stands first
+        pooled = sum(layout.ranks.rows) if layout.ranks else len(layout.rope[0])        # its text stands first
     return make_state(layers, sparsity, pooled, getattr(layout, "static", None), 0, DEVICE)
 
 
@@ -3640,6 +3671,7 @@ for case in sys.argv[1:]:
     columns, counts = empty(1, 24, 32, 704, dtype=torch.uint16), empty(1, 24, 32, 2, dtype=torch.int32)
     mean, unlisted = empty(1, 24, 64, 128), empty(1, 24, 32, 64, dtype=torch.uint8)
     x, w1, act = empty(1, 4096, 3072), empty(12288, 3072), empty(1, 12288, 4096)
+    sk.apply_rope_triton(q, empty(4096, 64), empty(4096, 64), empty(128), q.dtype)
     sk.attention_triton(q, q, q)
     sk.column_sparse_attention_triton(q, q, q, lse, columns, counts, q, -1)
     sk.column_sparse_attention_triton(q, q, q, lse, columns, counts, q, 1, mean, mean, unlisted)

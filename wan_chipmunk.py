@@ -44,9 +44,9 @@ import processes
 from cache import chipmunk_attention, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import homes, in_chunks, move_caches, move_weights, visit
-from parallel import Ranks, gather_heads, gather_rows, own_rows, scatter_heads, spread
+from parallel import Ranks, gather_heads, gather_rows, own_rope, own_rows, scatter_heads, spread
 from plan import Sparsity, make_plan, make_presets, until_sparse
-from sparse_kernels import GROUP
+from sparse_kernels import GROUP, apply_rope
 from text_encoders import UMT5_XXL, T5Config, T5Encoder, load_t5_tokenizer, tokenize
 from voxel import local_windows, token_order
 
@@ -108,7 +108,7 @@ VOXEL = (4, 4, 8)              # 128 tokens, one group; the original's voxel is 
 WAN_COLUMNS = Sparsity(attn_keep=0.10, mlp_keep=0.0, delta="pooled", full=6, choose=2, extrapolate=None)
 WAN_PRESETS = make_presets(WAN_COLUMNS)
 WAN_PRESETS |= {"fast": replace(WAN_PRESETS["fast"], extrapolate=0)}
-WAN_COSTS = {"dense": 1.01, "measure": 1.5, "refresh": 1.13, "sparse": 0.6, "skip": 0.001}
+WAN_COSTS = {"dense": 1.0, "measure": 1.52, "refresh": 1.14, "sparse": 0.56, "skip": 0.001}
 
 WAN_VAE = VAEConfig(
     channels=96, multipliers=(1, 2, 4, 4), blocks=2,
@@ -153,7 +153,7 @@ class Layout(NamedTuple):
     """Where the tokens of one video stand: made once per generation by `make_layout`."""
     order: torch.Tensor        # (N,) tokens, voxel after voxel instead of raster
     inverse: torch.Tensor      # (N,) back to raster
-    rope: tuple                # cos, sin (N, D / 2) float32, in `order`; with ranks, this process's rows
+    rope: tuple                # cos, sin (N, D / 2) float32, in `order`; this process's rows
     static: torch.Tensor       # (G, N) bool: columns that each group of tokens always recomputes, the voxels around it
     ranks: Ranks | None        # several GPUs: who has which tokens
 
@@ -168,17 +168,10 @@ def make_layout(config, grid, window, device="cpu", ranks=None):
         omega = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)           # (n,)
         angles.append(position[:, None] * omega)                     # (N, n)
     ranks = spread(ranks, len(order))
-    own_angles, = own_rows(ranks, torch.cat(angles, dim=-1)[None])   # (1, N, D / 2)
-    rope = own_angles[0].cos().float().to(device), own_angles[0].sin().float().to(device)
+    angles = torch.cat(angles, dim=-1)                               # (N, D / 2)
+    rope = own_rope(ranks, (angles.cos().float().to(device), angles.sin().float().to(device)))
     static = local_windows(grid, VOXEL, window, order).to(device)
     return Layout(order.to(device), order.argsort().to(device), rope, static, ranks)
-
-
-def apply_rope(x, rope):
-    """Rotate neighbouring pairs of x (B, H, N, D) by the angles of their position."""
-    cos, sin = rope                                                  # (N, D / 2)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # (B, H, N, D / 2) each
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 def sinusoid(t, dim):
@@ -190,7 +183,7 @@ def sinusoid(t, dim):
 
 def modulate(x, shift, scale):
     """Layer norm without weights of its own, then this step's shift and scale. x (B, N, C)."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
 class Embedder(nn.Module):
@@ -244,17 +237,19 @@ class Block(nn.Module):
         modulation = (self.scale_shift_table + time).chunk(6, dim=1)             # (B, 1, C) each
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         h = modulate(x, shift1, scale1).to(text.dtype)
-        x = x + gate1 * self.self_attention(h, rope, layer_state, step, ranks)
+        x = x.addcmul(gate1, self.self_attention(h, rope, layer_state, step, ranks))
         h = self.norm2(x).to(text.dtype)
         x = x + self.cross_attention(h, text)
         fc1, gelu, fc2 = self.ffn.net
-        return x + gate2 * in_chunks(lambda x: fc2(gelu(fc1.proj(modulate(x, shift2, scale2).to(text.dtype)))), x)
+        def mlp(x):
+            return fc2(gelu(fc1.proj(modulate(x, shift2, scale2).to(text.dtype))))
+        return x.addcmul(gate2, in_chunks(mlp, x))
 
     def self_attention(self, h, rope, layer_state, step, ranks):
         """h (B, N, C) -> (B, N, C)"""
         q, k, v = self.attn1.qkv(h, h)                               # (B, H, N, D) each
-        q = apply_rope(q, rope).to(v.dtype)                          # one after the other: float32 ones are large
-        k = apply_rope(k, rope).to(v.dtype)
+        q = apply_rope(q, rope, dtype=v.dtype)                       # one after the other: float32 ones are large
+        k = apply_rope(k, rope, dtype=v.dtype)
         q, k, v = scatter_heads(ranks, q, k, v)
         o = gather_heads(ranks, chipmunk_attention(q, k, v, layer_state, step))      # (B, H, N, D)
         return self.attn1.out(o)

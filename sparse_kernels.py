@@ -61,6 +61,7 @@ POOL = 64                       # neighbouring columns that one mean stands in f
 PAGE = 2 ** 16                  # columns that 16 bits tell apart
 EPS = 1e-6                      # of RMS norms
 LOG2E = 1.0 / math.log(2.0)     # kernels use exp2; the public lse is a natural logarithm
+LIBRARY = torch.library.Library("chipmunk", "DEF")              # torch.ops.chipmunk, as long as this lives
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,25 +120,27 @@ def _pick(x: Tensor, kernel: Callable, definition: Callable) -> Callable:
     return kernel if x.is_cuda and triton is not None and x.dtype != torch.float64 else definition
 
 
-def _op(schema: str, empty_results: Callable, mutates: tuple[str, ...] = ()) -> Callable:
-    """Decorator: register with torch.library, so that torch.compile passes through without a graph break. Eager code,
-    if it needs no gradients, calls the function itself, which saves 20 to 70 us a call; a block of FLUX.1's sparse step
-    has five or seven of them, and 1,300 us in all.
+def _op(schema: str, empty_results: Callable) -> Callable:
+    """Decorator: register with torch.library, so that torch.compile passes through without a graph break. Eager code
+    calls the function itself, which saves 3 to 6 us a call. Ops of torch.library.custom_op, which can have a gradient,
+    take 10 to 30 us more than this, and a block of FLUX.1's sparse step has five or seven.
 
     schema: the op's name and signature as torch.library writes them. empty_results: makes tensors of the results'
-    shapes and dtypes, which is all that tracing needs. mutates: the arguments updated in place.
+    shapes and dtypes, which is all that tracing needs.
     """
-    name, signature = schema.split("(", 1)
+    name = schema.split("(", 1)[0]
 
     def register(fn):
-        op = torch.library.custom_op(f"chipmunk::{name}", fn, mutates_args=mutates, schema="(" + signature)
-        op.register_fake(empty_results)
+        LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, fn, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"chipmunk::{name}", empty_results, lib=LIBRARY)
+        op = getattr(torch.ops.chipmunk, name).default
 
         @functools.wraps(fn)
         def call(*args):
-            traced = torch.compiler.is_compiling() or args[0].is_meta
-            return (op if traced or torch.is_grad_enabled() else fn)(*args)       # op says that there is no gradient
-        call.op = op
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+                raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad()")
+            return (op if torch.compiler.is_compiling() or args[0].is_meta else fn)(*args)
         return call
     return register
 
@@ -1190,7 +1193,7 @@ def sparse_mlp_fc1_triton(x: Tensor, w1: Tensor, b1: Tensor | None, columns: Ten
 
 
 @_op("sparse_mlp_fc1(Tensor x, Tensor w1, Tensor? b1, Tensor columns, Tensor counts, Tensor(a!) act) -> Tensor",
-     lambda x, w1, b1, columns, counts, act: x.new_empty(*columns.shape, GROUP), mutates=("act",))
+     lambda x, w1, b1, columns, counts, act: x.new_empty(*columns.shape, GROUP))
 def _sparse_mlp_fc1_op(x, w1, b1, columns, counts, act):
     return _pick(x, sparse_mlp_fc1_triton, sparse_mlp_fc1_ref)(x, w1, b1, columns, counts, act)
 
@@ -1279,6 +1282,6 @@ def sparse_mlp_fc2_triton(delta: Tensor, w2t: Tensor, columns: Tensor, counts: T
 
 
 @_op("sparse_mlp_fc2(Tensor delta, Tensor w2t, Tensor columns, Tensor counts, Tensor(a!) out) -> ()",
-     lambda delta, w2t, columns, counts, out: None, mutates=("out",))
+     lambda delta, w2t, columns, counts, out: None)
 def _sparse_mlp_fc2_op(delta, w2t, columns, counts, out):
     _pick(delta, sparse_mlp_fc2_triton, sparse_mlp_fc2_ref)(delta, w2t, columns, counts, out)

@@ -626,14 +626,17 @@ def test_registered_ops_keep_their_promises_when_compiled():
     act, out = torch.zeros(1, 61, 130, device=DEVICE), torch.zeros(1, 130, 16, device=DEVICE)
     delta = torch.zeros(1, 2, 64, 128, device=DEVICE)
     rope = torch.rand(2, 130, 8, device=DEVICE)
-    calls = [(sk._apply_rope_op.op, (q, *rope, None, torch.float16)),
-             (sk._attention_op.op, (q, k, v)), (sk._attention_with_column_mass_op.op, (q, k, v, lse)),
-             (sk._choose_columns_op.op, (q.abs(), 0.3, 0.1, None, 1, 0)),
-             (sk._column_sparse_attention_op.op, (q, k, v, lse, columns, counts, o, -1.0)),
-             (sk._sparse_mlp_fc1_op.op, (x, w1, b1, columns[:, 0], counts[:, 0], act)),
-             (sk._sparse_mlp_fc2_op.op, (delta, w2t, columns[:, 0], counts[:, 0], out))]
+    ops = torch.ops.chipmunk
+    calls = [(ops.apply_rope.default, (q, *rope, None, torch.float16)),
+             (ops.attention.default, (q, k, v)), (ops.attention_with_column_mass.default, (q, k, v, lse)),
+             (ops.choose_columns.default, (q.abs(), 0.3, 0.1, None, 1, 0)),
+             (ops.column_sparse_attention.default, (q, k, v, lse, columns, counts, o, -1.0)),
+             (ops.sparse_mlp_fc1.default, (x, w1, b1, columns[:, 0], counts[:, 0], act)),
+             (ops.sparse_mlp_fc2.default, (delta, w2t, columns[:, 0], counts[:, 0], out))]
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="column_sparse_attention has no gradient"):
+        sk.column_sparse_attention(q.requires_grad_(), k, v, lse, columns, counts, o, -1.0)
 
 
 def test_kernels_are_not_needed_without_triton():

@@ -370,12 +370,15 @@ def draw_frontier(pyplot, results, model, times):
 
 
 def known_times(*models):
-    """What step_times.json has. Raises Fail if it cannot be read, or lacks one of these models."""
+    """What step_times.json has. Raises Fail if it cannot be read, or lacks one of these models or what tables need."""
     try:
         known = json.loads(STEP_TIMES.read_text())
+        for name, times in known.items():
+            REAL[name.split()[0]], times["model"], times["device"]
+            [times["eager"][kind] for kind in ("dense model", *MODES)]
     except OSError as error:
         raise checkpoints.cannot_read(STEP_TIMES, error) from None
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise cli.Fail(f"{STEP_TIMES} is damaged ({checkpoints.reason(error)}); fetch it again") from None
     for model in models:
         if model not in known:
@@ -400,7 +403,7 @@ def eager_and_compiled(words):
 
 def presets(args):
     """What the presets gain on the real models, and columns with skipped steps, by the times that `speed` noted."""
-    known, both = known_times(), "22 computed, one of 2 in full"
+    known, both = known_times(*REAL), "22 computed, one of 2 in full"
     print_header("50 steps, eager (compiled)", "dense", *flux_chipmunk.CONFIGS["dev"].presets, "columns + skips")
     for name, times in known.items():
         stem, *_ = name.split()
@@ -700,7 +703,7 @@ def note_times(name, model, ways, device):
 
 def milliseconds(run):
     """Median time of `run` on the GPU after a warm-up, in a CUDA graph, so that no launch waits for Python. To start a
-    replay takes 0.02 ms, more than some kernels: what is short runs 20 times in one."""
+    replay takes up to 0.02 ms, as long as some kernels: what is short runs 20 times in one."""
     for _ in range(2):
         run()
     once = replay_time(run, 1)

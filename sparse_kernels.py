@@ -61,6 +61,7 @@ POOL = 64                       # neighbouring columns that one mean stands in f
 PAGE = 2 ** 16                  # columns that 16 bits tell apart
 EPS = 1e-6                      # of RMS norms
 LOG2E = 1.0 / math.log(2.0)     # kernels use exp2; the public lse is a natural logarithm
+LIBRARY = None                  # at a reload, the one before has to go first
 LIBRARY = torch.library.Library("chipmunk", "DEF")              # torch.ops.chipmunk, as long as this lives
 
 
@@ -122,8 +123,8 @@ def _pick(x: Tensor, kernel: Callable, definition: Callable) -> Callable:
 
 def _op(schema: str, empty_results: Callable) -> Callable:
     """Decorator: register with torch.library, so that torch.compile passes through without a graph break. Eager code
-    calls the function itself, which saves 3 to 6 us a call. Ops of torch.library.custom_op, which can have a gradient,
-    take 10 to 30 us more than this, and a block of FLUX.1's sparse step has five or seven.
+    calls the function itself, which saves a fast CPU 3 to 6 us a call. Ops of torch.library.custom_op, which can have a
+    gradient, take it 10 to 30 us, and a block of FLUX.1's sparse step has five or seven.
 
     schema: the op's name and signature as torch.library writes them. empty_results: makes tensors of the results'
     shapes and dtypes, which is all that tracing needs.
@@ -140,7 +141,8 @@ def _op(schema: str, empty_results: Callable) -> Callable:
         def call(*args):
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
                 raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad()")
-            return (op if torch.compiler.is_compiling() or args[0].is_meta else fn)(*args)
+            traced = torch.compiler.is_compiling() or args[0].is_meta or type(args[0]) is not Tensor
+            return (op if traced else fn)(*args)
         return call
     return register
 
@@ -156,8 +158,10 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor], scale: Tensor | None = No
 
     x (B, H, N, D), rope: the cosines and sines (N, D / 2) float32 of each row's angles -> (B, H, N, D) in dtype, or, if
     None, in x's. Raises ValueError if the shapes do not fit. As one kernel, not 13 that go over x again and again, norm
-    and rotation take 0.024 instead of 0.43 ms for FLUX.1, which does this 114 times in a step of 140 ms (H200).
+    and rotation take 0.024 instead of 0.43 ms for FLUX.1, which does this 114 times in a step of 140 ms (H200; double
+    blocks do it for text and picture apart).
     """
+    _need(x.dim() == 4 and x.shape[-1] % 2 == 0, f"x must be (B, H, N, D) with an even D, got {tuple(x.shape)}")
     (N, D), cos, sin = x.shape[2:], *rope
     _need(cos.shape == sin.shape == (N, D // 2) and (scale is None or scale.shape == (D,)),
           f"rope and scale do not fit x of {N} rows and {D} channels")
@@ -702,9 +706,9 @@ def _guess_threshold(bits_ptr, N, top, margin, END: tl.constexpr, SUBSET: tl.con
     """A mass that is most likely no larger than the top-th largest of a row of N, or 0.
 
     Of SUBSET masses that lie evenly apart, about top SUBSET / N are among the row's top. The one `margin` places
-    further down is sought bit by bit, from the highest on: 4.0 ms for 75,648 tokens on an H200, where histograms, as in
-    _find_threshold, take 4.6."""
-    mass = tl.load(bits_ptr + tl.arange(0, SUBSET) * (N // SUBSET)).to(tl.uint32) & END
+    further down is sought bit by bit, from the highest on."""
+    at = tl.arange(0, SUBSET).to(tl.int64) * N // SUBSET                          # up to the end of the row
+    mass = tl.load(bits_ptr + at).to(tl.uint32) & END
     wanted = (tl.cast(top, tl.int64) * SUBSET // N).to(tl.int32) + margin
     guess = tl.cast(0, tl.uint32)
     bit = tl.cast(END // 2 + 1, tl.uint32)
@@ -787,10 +791,10 @@ def _choose_columns_kernel(bits_ptr, forced_ptr, near_ptr, page_ends_ptr, column
                            THREADS: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr):
     """One program: some of the rows, one after another. A row is a group of a head.
 
-    Only near columns, those that a subset of the row cannot rule out, are looked at more than once: an eighth to a
-    quarter of a row if 7 to 17 % are kept. 5.8 instead of 12.0 ms for 119,040 tokens on an H200. Masses are compared
-    as integers, since floats that are not negative are ordered as their bits are. Forced columns, with the sign bit,
-    exceed all others."""
+    Only near columns, those that a subset of the row cannot rule out, are looked at more than once: a tenth to a fifth
+    of a row if 7 to 17 % are kept. 5.8 instead of 12.0 ms for 119,040 tokens on an H200; that and what other comments
+    say of choosing was measured with a subset of 512. Masses are compared as integers, since floats that are not
+    negative are ordered as their bits are. Forced columns, with the sign bit, exceed all others."""
     END: tl.constexpr = (1 << BITS - 1) - 1
     lane = tl.arange(0, BLOCK)
     heads = rows // G
@@ -864,7 +868,7 @@ def choose_columns_triton(mass: Tensor, keep: float, random: float, static: Tens
     pair_dtype = torch.uint32 if mass.itemsize == 2 else torch.uint64
     near = torch.empty(programs, triton.cdiv(N, 1024) * 1024, dtype=pair_dtype, device=mass.device)
     page_ends = torch.empty(programs, P, dtype=torch.int32, device=mass.device)
-    SUBSET = 1024                                           # 512 take 25 % longer for 119,040 tokens, 2048 13 %
+    SUBSET = 1024                                           # with 512 the whole takes 25 % longer, with 2048 13 %
     margin = math.ceil(4 * math.sqrt(SUBSET * keep * (1 - keep)))                 # 4 sigma: misleads 3 rows in 100,000
     _choose_columns_kernel[(programs,)](
         bits, forced, near, page_ends, columns, counts, top, margin, rows, G, N, K, stride_forced, near.stride(0),
@@ -1269,8 +1273,8 @@ def sparse_mlp_fc2_triton(delta: Tensor, w2t: Tensor, columns: Tensor, counts: T
     (B, G, K, _), (_, M, C) = delta.shape, out.shape
     half = delta.element_size() == 2
     block_n = 64 if half else 32
-    # Tiles of 256 channels, for which other GPUs lack shared memory, read delta half as often: on an H200 0.202 instead
-    # of 0.219 ms if 30 % are kept.
+    # Tiles of 256 channels, which take 147 KB of shared memory, read delta half as often: on an H200 0.202 instead of
+    # 0.219 ms if 30 % are kept.
     block_c = _channel_tile(C, 256 if half and _on_hopper(delta) else 128)
     wide = w2t.shape[0] * w2t.stride(0) >= 2**31            # offsets into w2t need 64 bits
     _sparse_mlp_fc2_kernel[(G, C // block_c, B)](

@@ -373,7 +373,7 @@ def known_times(*models):
     """What step_times.json has. Raises Fail if it cannot be read, or lacks one of these models or what tables need."""
     try:
         known = json.loads(STEP_TIMES.read_text())
-        for name, times in known.items():
+        for name, times in known.items():                            # is all there that tables look up?
             REAL[name.split()[0]], times["model"], times["device"]
             [times["eager"][kind] for kind in ("dense model", *MODES)]
     except OSError as error:

@@ -34,6 +34,7 @@ from PIL import Image
 from safetensors.torch import load, load_file, save_file
 from tokenizers import Tokenizer, decoders
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")                          # before the kernels are imported
@@ -655,6 +656,10 @@ def test_registered_ops_keep_their_promises_when_compiled():
              (ops.sparse_mlp_fc2.default, (delta, w2t, columns[:, 0], counts[:, 0], out))]
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:                # nor do they look at values when traced
+        fake = mode.from_tensor(q)
+        assert sk.column_sparse_attention(fake, k, v, lse, columns, counts, o, -1.0).shape == q.shape
+        assert sk.apply_rope(fake, rope).shape == q.shape
     with torch.enable_grad(), pytest.raises(RuntimeError, match="column_sparse_attention has no gradient"):
         sk.column_sparse_attention(q.requires_grad_(), k, v, lse, columns, counts, o, -1.0)
 
@@ -697,6 +702,9 @@ def test_kernels_say_what_is_wrong():
     for rows, scale in ((129, None), (1, None), (130, torch.rand(1, device=DEVICE))):
         with pytest.raises(ValueError, match="do not fit x of 130 rows and 16"):
             sk.apply_rope(q, torch.rand(2, rows, 8, device=DEVICE).unbind(), scale)
+    for x in q[0], q[..., :15]:
+        with pytest.raises(ValueError, match=r"x must be \(B, H, N, D\) with an even D, got \("):
+            sk.apply_rope(x, torch.rand(2, 130, 8, device=DEVICE))
     with pytest.raises(ValueError, match="share one of"):
         sk.attention_triton(q, k.half(), v)
     for attention in sk.attention, sk.attention_triton:
@@ -2681,8 +2689,9 @@ def test_a_table_without_step_times_says_how_to_get_them(monkeypatch, tmp_path, 
     monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "step_times.json")
     if kept:
         bench.STEP_TIMES.write_text(kept)
-    with pytest.raises(cli.Fail, match=says):
-        bench.known_times("flux")
+    for read in lambda: bench.known_times("flux"), lambda: bench.presets(None):
+        with pytest.raises(cli.Fail, match=says):
+            read()
 
 
 def test_a_checkpoint_that_cannot_be_read_or_written_ends_in_one_line(tmp_path):

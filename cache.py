@@ -62,11 +62,21 @@ class LayerState:
     mlp_counts: torch.Tensor = None  # (B, G, P) int32
     mlp_share: torch.Tensor = None   # () share of the MLP's columns that are kept
     homes: dict | None = None        # {name: host tensor}, for those of FOR_SPARSE that live on the host (offload.py)
+    places: dict | None = None       # {name: tensor}, for those of STAYING, once they must not move (replay.py)
+
+    def stay(self):
+        """From now on, keep what sparse steps read where it is: copy what a full step has made anew there."""
+        if self.places is None:
+            self.places = {name: getattr(self, name) for name in STAYING if getattr(self, name) is not None}
+        for name, place in self.places.items():
+            if getattr(self, name) is not place:
+                setattr(self, name, place.copy_(getattr(self, name)))
 
 
 FOR_SPARSE = ("columns", "counts", "o_rest", "drift", "unlisted", "act", "out", "mlp_columns", "mlp_counts")
 OLD = ("columns", "counts", "o_rest", "unlisted")          # of these, what a measure or refresh step begins with
 READ = {"measure": OLD, "refresh": OLD, "sparse": FOR_SPARSE}                    # which kind of step reads what of them
+STAYING = (*FOR_SPARSE, "lse", "attn_share", "mlp_share")  # all that sparse steps read and full steps make anew
 WRITTEN = {"measure": FOR_SPARSE, "refresh": ("o_rest", "drift", "act", "out"), "sparse": ("act", "out")}
 
 
@@ -79,6 +89,8 @@ class ModelState:
     trend: torch.Tensor = None       # likewise: how far that went in a step, since the computed step before
     gain: float | torch.Tensor = 0.0 # the share of the trend to go on by; (B, N, 1) if it is measured
     memory: object = None            # offload.HostMemory, if some layers' caches live on the host
+    sparse_steps: int = 0            # so far, of those that can be replayed
+    recorded: object = None          # replay.Recorded, once one of them was
 
     def remember(self, step, v):
         """The velocity of a computed step, if any step is skipped."""
@@ -185,7 +197,7 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
     out = F.linear(act, w2, b2)                                                  # (B, N, C)
     s.mlp_work += rows
     if sparsity.mlp_keep:
-        sample = act[:, ::SAMPLED]                                               # (B, N / 8, F)
+        sample = act[:, ::SAMPLED].clone(memory_format=torch.contiguous_format)  # (B, N / 8, F); a view keeps all
         if step.mode == "measure":
             moved = movement(sample, s.sample) * w2.norm(dim=0)                  # (B, G, F)
             columns, counts = choose_columns(moved[:, None], sparsity.mlp_keep, 0.0, None, seed=0)
@@ -193,16 +205,18 @@ def chipmunk_mlp(x, w1, b1, w2, b2, layer_state, step):
             s.mlp_share = _share(s.mlp_counts, w1.shape[0])
         if keep:
             s.out = out
-        s.sample = sample.clone(memory_format=torch.contiguous_format)           # a view would keep all of act
+        s.sample = sample
     return out
 
 
 def movement(now, before):
     """How far hidden columns moved in each group's sampled rows: root of the sum of squares. (B, N / 8, F) each
     -> (B, G, F)"""
-    change = (now - before).float().square()
-    per_group = GROUP // SAMPLED
-    return F.pad(change, (0, 0, 0, -change.shape[1] % per_group)).unflatten(1, (-1, per_group)).sum(2).sqrt()
+    change, per_group = now - before, GROUP // SAMPLED
+    if change.shape[1] % per_group:
+        change = F.pad(change, (0, 0, 0, -change.shape[1] % per_group))
+    precision = torch.promote_types(change.dtype, torch.float32)
+    return torch.linalg.vector_norm(change.unflatten(1, (-1, per_group)), dim=2, dtype=precision)
 
 
 def _share(counts, n, unlisted=None):

@@ -222,8 +222,10 @@ class Modulation(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Layer norm without weights of its own, then this step's shift and scale, in float32 as under the original's
-    autocast. x (B, N, C)."""
+    """Layer norm without weights of its own, then this step's shift and scale (B, 1, C), in float32 as under the
+    original's autocast. x (B, N, C)."""
+    if len(x) == 1:                                                  # these can be its weights: half the time
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)).to(x.dtype)
 
 

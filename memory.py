@@ -129,11 +129,12 @@ class Need:
     other_caches: int          # log-sum-exps, what tells which MLP columns move, v and its trend
     activations: int           # the most at a time
     branches: int = 1          # guidance branches, with caches each
+    recorded: int = 0          # what a recorded step holds (replay.py), which there is if nothing lives on the host
 
     def on_gpu(self, placement):
         weights, weights_away = split(self.blocks, placement.blocks)
         caches, caches_away = split(self.caches, placement.layers)
-        on_their_way = 0
+        on_their_way = 0 if weights_away or caches_away else self.recorded
         if weights_away:
             on_their_way += 2 * max(self.blocks)
         if caches_away:

@@ -41,6 +41,7 @@ if not torch.cuda.is_available():
 os.environ["MPLBACKEND"] = "Agg"                                            # figures need no screen
 
 import bench
+import cache
 import checkpoints
 import cli
 import compiled as compiled_blocks
@@ -52,6 +53,7 @@ import memory
 import offload
 import parallel
 import processes
+import replay
 import scenes
 import sparse_kernels as sk
 import text_encoders
@@ -1200,6 +1202,76 @@ def test_blocks_compile_without_a_graph_break(kind, delta):
     assert ours.attn_work == theirs.attn_work > 0
     # dense, measure, sparse; measure and the MLP's choice once more when the step's number becomes a variable
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+# ---------------------------------------------------------------------------------------------------------
+# The method: sparse steps recorded and replayed
+
+REPLAYED = Sparsity(attn_keep=0.2, mlp_keep=0.2, full=(1, 6, 9), choose=2, delta="pooled", drift=False, dense_layers=1)
+
+
+def flux_generation(sparsity=REPLAYED):
+    """14 steps: sparse ones after a measure step, then, recorded, after a refresh and a measure step. -> v of each"""
+    model, given = random_model("flux"), model_inputs("flux", (9, 17))
+    state, found = fresh_state(model, sparsity, given["layout"]), []
+    for step in make_plan(14, sparsity):
+        found.append(model(**given, state=state, step=step).clone())
+        given |= {"x": given["x"] - 0.1 * found[-1], "t": 0.9 * given["t"]}
+    return found, state
+
+
+class Again:
+    """Stands for a CUDA graph where there is none: it runs the recorded step's Python anew, and, like one, knows only
+    the tensors that the layers had then."""
+
+    def __init__(self, run, inputs, result, layers):
+        self.run, self.inputs, self.result = run, inputs, result
+        self.known = [(layer, name, getattr(layer, name)) for layer in layers for name in cache.STAYING]
+
+    def replay(self):
+        for layer, name, x in self.known:
+            setattr(layer, name, x)
+        self.result.copy_(self.run(*self.inputs))
+
+
+def test_a_recorded_step_serves_later_ones(monkeypatch):
+    with monkeypatch.context() as never:
+        never.setattr(replay, "PLAIN", 100)
+        plain, _ = flux_generation()
+    recorded, can_replay = [], flux_chipmunk.can_replay
+
+    def record(run, inputs, state):
+        recorded.append(state.sparse_steps)
+        inputs, result = tuple(x.clone() for x in inputs), torch.empty_like(plain[0])
+        layers = [layer for layer in state.layers if layer]
+        for layer in layers:
+            layer.stay()
+        return replay.Recorded(Again(run, inputs, result, layers), inputs, result)
+    if DEVICE == "cpu":                                                     # a GPU's can indeed be recorded
+        monkeypatch.setattr(flux_chipmunk, "can_replay", lambda *args: can_replay(*args[:-1], torch.device("cuda")))
+        monkeypatch.setattr(replay, "record", record)
+    found, state = flux_generation()
+    assert state.sparse_steps == 10 and (DEVICE == "cuda" or recorded == [replay.PLAIN + 1])
+    assert all(torch.equal(got, want) for got, want in zip(found, plain, strict=True))
+    assert len({x.data_ptr() for x in found}) == len(found)                 # none of them is overwritten
+    for layer in filter(None, state.layers):
+        assert all(getattr(layer, name) is place for name, place in layer.places.items())
+        assert layer.places.keys() == {*cache.STAYING} - {"drift"}
+
+
+def test_what_cannot_be_replayed_is_not():
+    model, given = random_model("flux"), model_inputs("flux", (9, 17))
+    state, sparse, gpu = fresh_state(model, REPLAYED, given["layout"]), Step(2, "sparse", 1), torch.device("cuda")
+    assert replay.can_replay(model.all_blocks, state, sparse, None, gpu)
+    for other in Step(1, "measure"), Step(2, "refresh", 1), Step(0, "dense"), None:
+        assert not replay.can_replay(model.all_blocks, state, other, None, gpu)
+    assert not replay.can_replay(model.all_blocks, state, sparse, None, CPU)
+    assert not replay.can_replay(model.all_blocks, state, sparse, SimpleNamespace(), gpu)           # several processes
+    drifting = fresh_state(model, replace(REPLAYED, drift=True), given["layout"])
+    assert not replay.can_replay(model.all_blocks, drifting, sparse, None, gpu)
+    state.layers[-1].homes = {"act": torch.zeros(1)}
+    assert not replay.can_replay(model.all_blocks, state, sparse, None, gpu)
+    state.layers[-1].homes, model.all_blocks[0].on_host = None, True
+    assert not replay.can_replay(model.all_blocks, state, sparse, None, gpu)
 
 # ---------------------------------------------------------------------------------------------------------
 # The method: caches and weights that live on the host
@@ -2716,7 +2788,7 @@ def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
         return now[0]
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=perf_counter))
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: None)
-    config = small_run(name)
+    config = replace(small_run(name), steps=bench.SPEED_STEPS)
     monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "times.json")
     bench.STEP_TIMES.write_text(json.dumps({f"{name} whole": STEP_TIMES}))
     bench.note_times(name, *bench.speed_table(name, "tiny", config, CPU), CPU)
@@ -2735,11 +2807,11 @@ def test_speed_table_adds_up(monkeypatch, capsys, tmp_path, name):
         assert {row[0]: seconds(row) for row in kinds} == pytest.approx(known, abs=1e-3)
         more = [bench.MANY_SPARSE] if name == "flux" else []                # the others' MLPs are dense
         assert list(known) == ["dense model", "dense", "measure", "sparse", "refresh", "skip", *more]
-        dense_total = 8 * known["dense model"]
+        dense_total = config.steps * known["dense model"]
         assert abs(seconds(all_dense) - dense_total) < 0.1
         for row, preset in zip(presets, plans, strict=True):
             total = sum(known["dense model" if preset.delta == "none" and step.mode == "dense" else step.mode]
-                        for step in make_plan(8, preset))
+                        for step in make_plan(config.steps, preset))
             assert abs(seconds(row) - total) < 0.1
             assert abs(float(row[column].split("**")[1].removesuffix("x")) - dense_total / total) < 0.01
 
@@ -3376,11 +3448,12 @@ def test_a_decoder_that_does_not_fit_is_told_before_anything_is_loaded(call, mon
 
 
 def test_what_fits_stays():
-    need = memory.Need(blocks=(10,) * 4, other_weights=5, caches=(20,) * 6, other_caches=3, activations=7, branches=2)
-    everything = 40 + 5 + 2 * (120 + 3) + 7
+    need = memory.Need(blocks=(10,) * 4, other_weights=5, caches=(20,) * 6, other_caches=3, activations=7, branches=2,
+                       recorded=11)
+    everything = 40 + 5 + 2 * (120 + 3) + 7 + 11
     stays, some, few = (memory.Placement(*counts) for counts in ((4, 6), (4, 2), (1, 0)))
     assert need.on_gpu(stays) == everything and need.on_host(stays) == 0
-    assert need.on_gpu(some) == everything - 2 * 80 + 3 * 20 and need.on_host(some) == 2 * 80      # 3 on their way
+    assert need.on_gpu(some) == everything - 11 - 2 * 80 + 3 * 20 and need.on_host(some) == 2 * 80      # 3 on their way
     assert need.on_gpu(few) == 10 + 5 + 2 * 3 + 2 * 10 + 3 * 20 + 7 and need.on_host(few) == 30 + 2 * 120
     free, least = memory.MARGIN * everything, memory.MARGIN * need.on_gpu(few)
     assert memory.choose(need, free, 0) == stays and memory.choose(need, free - 1, 300) == (4, 4)
@@ -3401,6 +3474,16 @@ def test_published_sizes_fit_the_gpus_that_people_have(name, model, gpu, host, d
                 ("dev", False): (23.8, 9.2), ("1.3b", False): (2.9, 10.9)}[model, dense]        # weights, caches
     assert (sum(need.blocks) + need.other_weights) / 1e9 == pytest.approx(recorded[0], abs=0.1)
     assert need.branches * sum(need.caches) / 1e9 == pytest.approx(recorded[1], abs=0.1)
+
+
+def test_a_recorded_step_needs_room_on_a_gpu():
+    settings = cli.fill(cli.Settings(model="dev", dtype="bfloat16", preset="columns", device="cpu"),
+                        flux_chipmunk.CONFIGS)
+    assert flux_chipmunk.find_need(settings).recorded == 0
+    settings = replace(settings, device=torch.device("cuda"))
+    assert 0.2e9 < flux_chipmunk.find_need(settings).recorded < 1e9
+    caching = replace(settings, sparsity=flux_chipmunk.CONFIGS["dev"].presets["fast"])
+    assert flux_chipmunk.find_need(caching).recorded == 0                   # none of its steps is sparse
 
 
 @pytest.mark.parametrize("where", ["caches", "all"])
@@ -4002,7 +4085,7 @@ def test_several_processes_draw_what_one_does_and_one_speaks(call, monkeypatch, 
 def test_speed_table_says_how_many_gpus_and_how_long_they_talk(tmp_path):
     def work(rank):
         nn.Module.compile = lambda self, **options: None
-        config = small_run("flux")
+        config = replace(small_run("flux"), steps=bench.SPEED_STEPS)
         ranks = parallel.start(CPU, config.flux.heads)
         bench.speed_table("flux", "tiny", config, CPU, ranks)
         parallel.leave(ranks)

@@ -42,12 +42,12 @@ import media
 import memory
 import parallel
 import processes
+import replay
 from cache import chipmunk_attention, chipmunk_mlp, make_state
 from compiled import clock, compile_blocks, compile_seconds
 from offload import homes, move_caches, move_weights, visit
 from parallel import Ranks, gather_heads, gather_rows, own_rope, own_rows, scatter_heads, spread
-from plan import Sparsity, Step, make_plan, make_presets, until_sparse
-from replay import can_replay, replay
+from plan import Sparsity, make_plan, make_presets, until_sparse
 from sparse_kernels import GROUP, apply_rope
 from text_encoders import (CLIP_L, T5_XXL, CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder, load_clip_tokenizer,
                            load_t5_tokenizer, tokenize)
@@ -108,7 +108,7 @@ class Config:
 # memory and time, and is no closer (method.md, part 3).
 FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.10, delta="pooled", full=6, drift=False)
 FLUX_PRESETS = make_presets(FLUX_COLUMNS)
-FLUX_COSTS = {"dense": 0.93, "measure": 1.33, "refresh": 1.06, "sparse": 0.49, "skip": 0.003}
+FLUX_COSTS = {"dense": 0.93, "measure": 1.37, "refresh": 1.11, "sparse": 0.49, "skip": 0.003}
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
               "t5": tuple(f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2))}
@@ -333,7 +333,7 @@ class Flux(nn.Module):
         """The velocity at x: noise - image.
 
         x (B, N, channels) image tokens in raster order; t, guidance (B,) in x's dtype, t = 1 is pure noise;
-        text (B, T, text_dim) from T5; pooled (B, pooled_dim) from CLIP; layout from make_layout.
+        text (B, T, text_dim) from T5; pooled (B, pooled_dim) from CLIP; layout from make_layout, one for all steps.
         state: a ModelState to run Chipmunk with (after lay_out_for_deltas); step: what to do now. None: plain dense.
         -> (B, N, channels)
         """
@@ -343,10 +343,10 @@ class Flux(nn.Module):
         if self.config.guidance:
             vec = vec + self.guidance_in(sinusoid(guidance))
 
-        def run(x, vec):
+        def run(x, text, vec):
             return self.final_layer(self.blocks(x, text, vec, layout, state, step), vec)
-        again = can_replay(self.all_blocks, state, step, layout.ranks, x.device)
-        out = replay(run, (x, vec), state) if again else run(x, vec)                     # (B, N, channels)
+        again = replay.can_replay(self.all_blocks, state, step, layout.ranks, x)
+        out = replay.replay(run, (x, text, vec), state) if again else run(x, text, vec)  # (B, N, channels)
         out = gather_rows(layout.single_ranks, out, text.shape[1], x.shape[1])[:, layout.inverse]
         if state is not None:
             state.remember(step, out)
@@ -784,8 +784,10 @@ def find_need(settings, ranks=None):
         small(x, time, text, pooled, time, layout, state, step)
     share = parallel.cache_share(ranks)
     need = memory.find_need(model, model.all_blocks, kinds, settings.sparsity, state, share, forward)
-    replays = need.caches and ranks is None and settings.device.type == "cuda"
-    return replace(need, recorded=memory.rehearse(lambda: forward(Step(4, "sparse", 2)))) if replays else need
+    sparse = sum(step.mode == "sparse" for step in make_plan(settings.steps, settings.sparsity))
+    if sparse > replay.PLAIN and settings.device.type == "cuda" and ranks is None and not settings.sparsity.drift:
+        need = replace(need, recorded=memory.rehearse(lambda: forward(memory.REHEARSED[-1])))
+    return need
 
 
 def work_done(config, tokens, image, plan, state):

@@ -129,18 +129,21 @@ class Need:
     other_caches: int          # log-sum-exps, what tells which MLP columns move, v and its trend
     activations: int           # the most at a time
     branches: int = 1          # guidance branches, with caches each
-    recorded: int = 0          # what a recorded step holds (replay.py), which there is if nothing lives on the host
+    recorded: int = 0          # what a recorded step holds (replay.py), if nothing lives on the host
 
     def on_gpu(self, placement):
         weights, weights_away = split(self.blocks, placement.blocks)
         caches, caches_away = split(self.caches, placement.layers)
-        on_their_way = 0 if weights_away or caches_away else self.recorded
+        on_their_way = 0
         if weights_away:
             on_their_way += 2 * max(self.blocks)
         if caches_away:
             on_their_way += 3 * max(self.caches)
         remembered = self.branches * (caches + self.other_caches)
-        return self.other_weights + weights + remembered + on_their_way + self.activations
+        return self.other_weights + weights + remembered + on_their_way + self.working(placement)
+
+    def working(self, placement):
+        return self.activations + (0 if self.on_host(placement) else self.recorded)
 
     def on_host(self, placement):
         return split(self.blocks, placement.blocks)[1] + self.branches * split(self.caches, placement.layers)[1]
@@ -265,7 +268,8 @@ def describe(need, placement):
     weights, weights_away = split(need.blocks, placement.blocks)
     caches, caches_away = (need.branches * size for size in split(need.caches, placement.layers))
     parts = {"weights": (weights + need.other_weights, weights_away),
-             "caches": (caches + need.branches * need.other_caches, caches_away), "activations": (need.activations, 0)}
+             "caches": (caches + need.branches * need.other_caches, caches_away),
+             "activations": (need.working(placement), 0)}
     return [f"{name} {gigabytes(here + away)}" + (f" ({gigabytes(away)} of it on the host)" if away else "")
             for name, (here, away) in parts.items()]
 

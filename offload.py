@@ -178,7 +178,7 @@ def visit(blocks, state, step, device):
             wait(arrived.get(i))                                     # it computes with what has come
             yield blocks[i], layer
             if layer and layer.places:
-                layer.stay()
+                layer.stay()                                         # where a recorded step looks for it (replay.py)
 
             # The GPU may use anew, in the order of its computation, what nobody holds from here on. Copies are not in
             # this order. So what leaves is held until the next layer is done, and only let go of after this wait.

@@ -116,9 +116,13 @@ def _jit(fn: Callable) -> Callable:
     return fn if triton is None else triton.jit(fn)
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Do kernels work on x? On a GPU, but not in float64; elsewhere the definitions do."""
+    return x.is_cuda and triton is not None and x.dtype != torch.float64
+
+
 def _pick(x: Tensor, kernel: Callable, definition: Callable) -> Callable:
-    """The kernel on a GPU, the definition elsewhere and for float64."""
-    return kernel if x.is_cuda and triton is not None and x.dtype != torch.float64 else definition
+    return kernel if has_kernels(x) else definition
 
 
 def _op(schema: str, empty_results: Callable) -> Callable:

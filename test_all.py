@@ -41,7 +41,6 @@ if not torch.cuda.is_available():
 os.environ["MPLBACKEND"] = "Agg"                                            # figures need no screen
 
 import bench
-import cache
 import checkpoints
 import cli
 import compiled as compiled_blocks
@@ -1219,59 +1218,71 @@ def flux_generation(sparsity=REPLAYED):
     return found, state
 
 
+def tensors_of(layer):
+    return {name: x for name, x in vars(layer).items() if torch.is_tensor(x)}
+
+
 class Again:
     """Stands for a CUDA graph where there is none: it runs the recorded step's Python anew, and, like one, knows only
-    the tensors that the layers had then."""
+    the tensors that there were then."""
 
     def __init__(self, run, inputs, result, layers):
         self.run, self.inputs, self.result = run, inputs, result
-        self.known = [(layer, name, getattr(layer, name)) for layer in layers for name in cache.STAYING]
+        self.known = [(layer, tensors_of(layer)) for layer in layers]
 
     def replay(self):
-        for layer, name, x in self.known:
-            setattr(layer, name, x)
+        now = [(layer, tensors_of(layer)) for layer, _ in self.known]
+        for layer, tensors in self.known:
+            vars(layer).update(tensors)
         self.result.copy_(self.run(*self.inputs))
+        for layer, tensors in now:
+            vars(layer).update(tensors)
 
 
 def test_a_recorded_step_serves_later_ones(monkeypatch):
     with monkeypatch.context() as never:
         never.setattr(replay, "PLAIN", 100)
-        plain, _ = flux_generation()
-    recorded, can_replay = [], flux_chipmunk.can_replay
+        plain, before = flux_generation()
+    real, records = replay.record, []
 
     def record(run, inputs, state):
-        recorded.append(state.sparse_steps)
-        inputs, result = tuple(x.clone() for x in inputs), torch.empty_like(plain[0])
         layers = [layer for layer in state.layers if layer]
-        for layer in layers:
-            layer.stay()
-        return replay.Recorded(Again(run, inputs, result, layers), inputs, result)
-    if DEVICE == "cpu":                                                     # a GPU's can indeed be recorded
-        monkeypatch.setattr(flux_chipmunk, "can_replay", lambda *args: can_replay(*args[:-1], torch.device("cuda")))
-        monkeypatch.setattr(replay, "record", record)
+        if DEVICE == "cuda":
+            recorded = real(run, inputs, state)
+        else:
+            inputs, result = tuple(x.clone() for x in inputs), torch.empty_like(plain[0])
+            for layer in layers:
+                layer.stay()
+            recorded = replay.Recorded(Again(run, inputs, result, layers), inputs, result)
+        records.append([(layer, tensors_of(layer)) for layer in layers])
+        return recorded
+    monkeypatch.setattr(replay, "record", record)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(replay, "has_kernels", lambda x: True)
     found, state = flux_generation()
-    assert state.sparse_steps == 10 and (DEVICE == "cuda" or recorded == [replay.PLAIN + 1])
+    assert state.sparse_steps == 10 and len(records) == 1
     assert all(torch.equal(got, want) for got, want in zip(found, plain, strict=True))
-    assert len({x.data_ptr() for x in found}) == len(found)                 # none of them is overwritten
-    for layer in filter(None, state.layers):
-        assert all(getattr(layer, name) is place for name, place in layer.places.items())
-        assert layer.places.keys() == {*cache.STAYING} - {"drift"}
+    for (layer, known), unmoved in zip(records[0], before.layers[1:], strict=True):
+        assert (layer.attn_work, layer.mlp_work) == (unmoved.attn_work, unmoved.mlp_work)
+        assert [name for name, x in tensors_of(layer).items() if x is not known[name]] == ["sample"]
 
 
-def test_what_cannot_be_replayed_is_not():
+def test_what_cannot_be_replayed_is_not(monkeypatch):
     model, given = random_model("flux"), model_inputs("flux", (9, 17))
-    state, sparse, gpu = fresh_state(model, REPLAYED, given["layout"]), Step(2, "sparse", 1), torch.device("cuda")
-    assert replay.can_replay(model.all_blocks, state, sparse, None, gpu)
+    state, sparse, x = fresh_state(model, REPLAYED, given["layout"]), Step(2, "sparse", 1), given["x"]
+    assert replay.can_replay(model.all_blocks, state, sparse, None, x) == (DEVICE == "cuda")
+    assert not replay.can_replay(model.all_blocks, state, sparse, None, x.double())                 # no kernels
+    monkeypatch.setattr(replay, "has_kernels", lambda x: True)
+    assert replay.can_replay(model.all_blocks, state, sparse, None, x)
     for other in Step(1, "measure"), Step(2, "refresh", 1), Step(0, "dense"), None:
-        assert not replay.can_replay(model.all_blocks, state, other, None, gpu)
-    assert not replay.can_replay(model.all_blocks, state, sparse, None, CPU)
-    assert not replay.can_replay(model.all_blocks, state, sparse, SimpleNamespace(), gpu)           # several processes
+        assert not replay.can_replay(model.all_blocks, state, other, None, x)
+    assert not replay.can_replay(model.all_blocks, state, sparse, SimpleNamespace(), x)             # several processes
     drifting = fresh_state(model, replace(REPLAYED, drift=True), given["layout"])
-    assert not replay.can_replay(model.all_blocks, drifting, sparse, None, gpu)
+    assert not replay.can_replay(model.all_blocks, drifting, sparse, None, x)
     state.layers[-1].homes = {"act": torch.zeros(1)}
-    assert not replay.can_replay(model.all_blocks, state, sparse, None, gpu)
+    assert not replay.can_replay(model.all_blocks, state, sparse, None, x)
     state.layers[-1].homes, model.all_blocks[0].on_host = None, True
-    assert not replay.can_replay(model.all_blocks, state, sparse, None, gpu)
+    assert not replay.can_replay(model.all_blocks, state, sparse, None, x)
 
 # ---------------------------------------------------------------------------------------------------------
 # The method: caches and weights that live on the host
@@ -2745,8 +2756,8 @@ def test_processes_that_train_together_draw_their_own_scenes_and_end_with_the_sa
     assert len(first[0].split()) == 2 and first[0] != second[0]             # half a batch each, of noise of its own
 
 
-def test_a_table_has_the_closest_plan_at_the_speed_that_is_printed():
-    found = [(1.9999999999999976, 37.0), (2.5, 33.0), (1.5, 46.0)]          # 25 of 50 steps are 2.00x
+def test_a_table_has_the_closest_plan_that_is_at_least_so_fast():
+    found = [(1.986, 37.0), (2.5, 33.0), (1.5, 46.0)]                       # 25 of 50 steps, where skipping takes 0.7 %
     assert [bench.closest(found, least) for least in (1.5, 2.0, 2.01, 3.0)] == [found[2], found[0], found[1], None]
 
 
@@ -3479,11 +3490,15 @@ def test_published_sizes_fit_the_gpus_that_people_have(name, model, gpu, host, d
 def test_a_recorded_step_needs_room_on_a_gpu():
     settings = cli.fill(cli.Settings(model="dev", dtype="bfloat16", preset="columns", device="cpu"),
                         flux_chipmunk.CONFIGS)
-    assert flux_chipmunk.find_need(settings).recorded == 0
-    settings = replace(settings, device=torch.device("cuda"))
-    assert 0.2e9 < flux_chipmunk.find_need(settings).recorded < 1e9
-    caching = replace(settings, sparsity=flux_chipmunk.CONFIGS["dev"].presets["fast"])
-    assert flux_chipmunk.find_need(caching).recorded == 0                   # none of its steps is sparse
+    gpu = replace(settings, device=torch.device("cuda"))
+    need = flux_chipmunk.find_need(gpu)
+    assert 0.2e9 < need.recorded < 1e9
+    here, away = memory.Placement(len(need.blocks), len(need.caches)), memory.Placement(len(need.blocks), 0)
+    assert need.working(here) - need.working(away) == need.recorded and need.working(away) == need.activations
+    caching, columns = (flux_chipmunk.CONFIGS["dev"].presets[name] for name in ("fast", "columns"))
+    for unrecorded in (settings, replace(gpu, sparsity=caching), replace(gpu, sparsity=replace(columns, drift=True)),
+                       replace(gpu, steps=4, sparsity=replace(columns, full=(1,)))):        # two sparse steps
+        assert flux_chipmunk.find_need(unrecorded).recorded == 0
 
 
 @pytest.mark.parametrize("where", ["caches", "all"])

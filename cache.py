@@ -213,7 +213,7 @@ def movement(now, before):
     """How far hidden columns moved in each group's sampled rows: root of the sum of squares. (B, N / 8, F) each
     -> (B, G, F)"""
     change, per_group = now - before, GROUP // SAMPLED
-    if change.shape[1] % per_group:
+    if change.shape[1] % per_group:                                  # else pad would copy all the same
         change = F.pad(change, (0, 0, 0, -change.shape[1] % per_group))
     precision = torch.promote_types(change.dtype, torch.float32)
     return torch.linalg.vector_norm(change.unflatten(1, (-1, per_group)), dim=2, dtype=precision)

@@ -143,6 +143,7 @@ class Need:
         return self.other_weights + weights + remembered + on_their_way + self.working(placement)
 
     def working(self, placement):
+        """Activations, and what a recorded step holds."""
         return self.activations + (0 if self.on_host(placement) else self.recorded)
 
     def on_host(self, placement):

@@ -1282,7 +1282,7 @@ def sparse_mlp_fc2_triton(delta: Tensor, w2t: Tensor, columns: Tensor, counts: T
         delta.contiguous(), w2t, columns.contiguous(), counts.contiguous(), out,
         w2t.stride(0), *out.stride()[:2], M, K,
         BLOCK_M=GROUP, BLOCK_N=64 if half else 32, BLOCK_C=block_c, WIDE_OFFSETS=wide, PAGES=counts.shape[-1],
-        num_warps=4 if half else 8, num_stages=3)
+        num_warps=4 if half else 8, num_stages=3)                                 # 4 warps: 5 % faster on an H200
     return out
 
 

@@ -108,7 +108,7 @@ class Config:
 # memory and time, and is no closer (method.md, part 3).
 FLUX_COLUMNS = Sparsity(attn_keep=0.165, mlp_keep=0.10, delta="pooled", full=6, drift=False)
 FLUX_PRESETS = make_presets(FLUX_COLUMNS)
-FLUX_COSTS = {"dense": 0.93, "measure": 1.37, "refresh": 1.11, "sparse": 0.49, "skip": 0.003}
+FLUX_COSTS = {"dense": 0.96, "measure": 1.38, "refresh": 1.15, "sparse": 0.50, "skip": 0.007}
 
 REAL_FILES = {"autoencoder": ("ae.safetensors",), "clip": ("text_encoder/model.safetensors",),
               "t5": tuple(f"text_encoder_2/model-0000{i}-of-00002.safetensors" for i in (1, 2))}

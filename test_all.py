@@ -2864,18 +2864,21 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     title, _, *rows, _, said = capsys.readouterr().out.splitlines()
     assert title.endswith("| dense | columns | quality | balanced | fast | columns + skips |")
     known = json.loads(bench.STEP_TIMES.read_text())
-    whole = 50 * known["hunyuan whole"]["eager"]["dense model"]
-    assert [row.split()[1] for row in rows] == [*PROGRAMS, "hunyuan"] and f"x129 | {whole:.1f} s | " in rows[-1]
+    assert [row.split()[1] for row in rows] == [*PROGRAMS, "hunyuan"] and "x129 | " in rows[-1]
+    titles, *cells = (line.strip("| ").split(" | ")[1:] for line in (title, rows[0], rows[-1]))
+    # what the tables' columns say of eager FLUX.1, and of 129 frames
+    shown, whole = ({of: float(re.match(r"[\d.]+", cell)[0]) for of, cell in zip(titles, row)} for row in cells)
+    assert abs(whole["dense"] - 50 * known["hunyuan whole"]["eager"]["dense model"]) < 0.051
     known = known["flux"]
     assert known["device"] in said
     times = known["eager"]
     dense, balanced = 50 * times["dense model"], 20 * times["dense model"] + 30 * times["skip"]
-    assert f"| {dense:.1f} s (" in rows[0] and f"| {dense / balanced:.2f}x (" in rows[0]
+    assert abs(shown["dense"] - dense) < 0.051 and abs(shown["balanced"] - dense / balanced) < 0.0051
     stacked = bench.plans_to_compare("flux", flux_chipmunk.CONFIGS["dev"])["ours, stacked"]
     both, = (sparsity for label, _, sparsity in stacked if f"skips: {label}, columns in the others)" in said)
     steps = [step.mode for step in make_plan(50, both)]
     assert steps.count("skip") == 28 and steps.count("sparse") == 10
-    assert f"{dense / bench.run_seconds(50, both, times):.2f}x (" in rows[0].split("|")[-2]
+    assert abs(shown["columns + skips"] - dense / bench.run_seconds(50, both, times)) < 0.0051
 
 
 def test_sparse_steps_with_more_of_the_mlp_have_a_time_of_their_own():

@@ -389,7 +389,7 @@ def make_parser(doc, configs, video=False):
     add("--offload", choices=OFFLOADS,
         help="what lives in host memory: nothing, Chipmunk's caches, or weights too (default: what must)")
     add("--compile", action="store_true",
-        help="compile the transformer's blocks (torch.compile): the first steps are slow, a video's others faster")
+        help="compile the transformer's blocks (torch.compile): the first steps are slow, Wan2.1's others faster")
 
     chipmunk = parser.add_argument_group("Chipmunk", "what to recompute, and when (defaults: the model's preset)")
     add = chipmunk.add_argument

@@ -8,7 +8,7 @@ Of the caches comes what a kind of step reads, and leaves what it writes (cache.
 step and never leave. A model asks `visit` for its blocks, one by one, and attention and MLP do not know where anything
 lives.
 
-A sparse step of HunyuanVideo at 720p reads 82 GB of caches in 7 s, and PCIe 5 brings 55 GB a second: nothing waits.
+A sparse step of HunyuanVideo at 720p reads 82 GB of caches in 5 s, and PCIe 5 brings 55 GB a second: nothing waits.
 """
 import weakref
 from contextlib import suppress

@@ -589,14 +589,13 @@ def whole(args):
     model, times = whole_table(args.model, name, config, args.preset, device, placement)
     if times.keys() >= {*MODES} - {"skip"} and not (args.frames or args.size or args.offload):
         skip = known_times(args.model)[args.model]["eager"]["skip"]  # `columns` has none; at another size
-        note_times(f"{args.model} whole", model,
-                   {"eager": {"dense model": times["dense"], "skip": skip} | times}, device)
+        note_times(f"{args.model} whole", model, {"eager": {"skip": skip} | times}, device)
 
 
 @torch.no_grad()
 def whole_table(stem, name, config, preset, device, placement=None):
-    """Time a run with random weights from noise to pixels, by a preset: steps by kind, and decoding. -> the model and
-    its size in words, {kind of step: seconds, the median}"""
+    """Time a step of the dense model, then a run with random weights from noise to pixels, by a preset: steps by kind,
+    and decoding. -> the model and its size in words, {kind of step: seconds, the median}"""
     program, sparsity, seconds = REAL[stem][0], config.presets[preset], []
     plan = make_plan(config.steps, sparsity)
 
@@ -606,6 +605,7 @@ def whole_table(stem, name, config, preset, device, placement=None):
             yield step
             seconds.append((step.mode, now() - start))
     model, sample = REAL[stem][2](config, device, placement)
+    dense_model, = step_seconds(sample, None, 1, None)
     peak_memory(device)
     latents = sample(sparsity, watch, None)
     denoising = peak_memory(device)
@@ -624,6 +624,7 @@ def whole_table(stem, name, config, preset, device, placement=None):
 
     print_header(f"{stem} {name}, {config.steps} steps, preset {preset}", "steps", "a step, median", "in all")
     times = {kind: [s for mode, s in seconds if mode == kind] for kind in dict.fromkeys(step.mode for step in plan)}
+    print_row("dense model", "", f"{dense_model:.3f} s", "")
     for kind, taken in times.items():
         print_row(kind, str(len(taken)), f"{middle(taken):.3f} s", f"{sum(taken):.1f} s")
     print_row("decoding", "", "", f"{decoding:.1f} s")
@@ -631,7 +632,8 @@ def whole_table(stem, name, config, preset, device, placement=None):
     peaks = f"denoising {memory.gigabytes(denoising)}, decoding {memory.gigabytes(peak_memory(device))}"
     cli.say(f"\n({where(device)}, bfloat16, random weights; medians without a kind's first step, if it has more; "
             f"peak memory: {peaks})")
-    return in_words(stem, name, config), {kind: middle(taken) for kind, taken in times.items()}
+    times = {"dense model": dense_model} | {kind: middle(taken) for kind, taken in times.items()}
+    return in_words(stem, name, config), times
 
 
 def middle(taken):

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import weakref
 from dataclasses import asdict, replace
@@ -1107,6 +1108,17 @@ def test_relative_costs_are_the_measured_ones():
             for kind, cost in config.costs.items():
                 measured = times[name]["eager"][kind] / times[name]["eager"]["dense model"]
                 assert cost == pytest.approx(measured, abs=0.01)
+    page = (HERE / "method.md").read_text(encoding="utf-8")
+    for kind in MODES:
+        costs = [f"{found['eager'][kind] / found['eager']['dense model']:.3f}" for found in times.values()]
+        assert re.search(rf"^\| {kind} .* {re.escape(' | '.join(costs))} \|$", page, re.MULTILINE), kind
+
+
+def test_the_exercise_on_speed_prints_what_its_answer_says(capsys):
+    page = (HERE / "method.md").read_text(encoding="utf-8")
+    exec(textwrap.dedent(re.search(r"```python\n( +from dataclasses.*?)```", page, re.DOTALL)[1]), {})
+    printed = [f"{float(line):.2f}" for line in capsys.readouterr().out.split()]
+    assert f"prints {printed[0]} and {printed[1]}." in page
 
 
 def test_skipped_steps_repeat_the_last_or_go_on_as_the_last_two_did():
@@ -2866,11 +2878,11 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     known = json.loads(bench.STEP_TIMES.read_text())
     assert [row.split()[1] for row in rows] == [*PROGRAMS, "hunyuan"] and "x129 | " in rows[-1]
     titles, *cells = (line.strip("| ").split(" | ")[1:] for line in (title, rows[0], rows[-1]))
-    # what the tables' columns say of eager FLUX.1, and of 129 frames
-    shown, whole = ({of: float(re.match(r"[\d.]+", cell)[0]) for of, cell in zip(titles, row)} for row in cells)
+    shown, whole = ({of: float(re.match(r"([\d.]+)(?: s|x)", cell)[1]) for of, cell in zip(titles, row)}
+                    for row in cells)                                       # eager FLUX.1, and 129 frames
     assert abs(whole["dense"] - 50 * known["hunyuan whole"]["eager"]["dense model"]) < 0.051
     known = known["flux"]
-    assert known["device"] in said
+    assert known["device"] in said and all(cell[-1] == ")" for cell in cells[0])                    # (compiled)
     times = known["eager"]
     dense, balanced = 50 * times["dense model"], 20 * times["dense model"] + 30 * times["skip"]
     assert abs(shown["dense"] - dense) < 0.051 and abs(shown["balanced"] - dense / balanced) < 0.0051
@@ -2879,6 +2891,8 @@ def test_presets_are_timed_by_what_was_measured(monkeypatch, capsys):
     steps = [step.mode for step in make_plan(50, both)]
     assert steps.count("skip") == 28 and steps.count("sparse") == 10
     assert abs(shown["columns + skips"] - dense / bench.run_seconds(50, both, times)) < 0.0051
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    assert all(f"\n{row}\n" in page for row in rows)
 
 
 def test_sparse_steps_with_more_of_the_mlp_have_a_time_of_their_own():
@@ -2889,16 +2903,21 @@ def test_sparse_steps_with_more_of_the_mlp_have_a_time_of_their_own():
 
 
 @each_model
-def test_whole_table_adds_up(capsys, name):
+def test_whole_table_adds_up(monkeypatch, capsys, name):
     config = tiny_run(name, PROGRAMS[name].CONFIGS["tiny"])
     config = replace(config, steps=9, presets={"columns": Sparsity(full=(1, 4), skip=(7,))})
+    timed, asked = bench.step_seconds, []
+    monkeypatch.setattr(bench, "step_seconds", lambda sample, *given: asked.append(given) or timed(sample, *given))
     model, medians = bench.whole_table(name, "tiny", config, "columns", CPU)
+    assert asked == [(None, 1, None)]                                       # the dense model, warmed up
     title, _, *rows, _, said = capsys.readouterr().out.splitlines()
     assert model.startswith("tiny, 32x32") and title.startswith(f"| {name} tiny")
     rows = {row.split("|")[1].strip(" *"): row.split("|")[2:-1] for row in rows}
-    assert list(rows) == ["dense", "measure", "sparse", "skip", "decoding", "whole"] and "peak memory" in said
+    kinds = ["dense model", "dense", "measure", "sparse", "skip"]
+    assert list(rows) == [*kinds, "decoding", "whole"] == [*medians, "decoding", "whole"] and "peak memory" in said
     assert [int(rows[kind][0]) for kind in ("dense", "measure", "sparse", "skip")] == [1, 2, 5, 1]
     assert {kind: float(rows[kind][1].strip(" s")) for kind in medians} == pytest.approx(medians, abs=1e-3)
+    assert not rows.pop("dense model")[2].strip()                            # it is no part of the run
     *parts, total = (float(row[2].strip(" *s")) for row in rows.values())
     assert total == pytest.approx(sum(parts), abs=0.3)
 
@@ -2908,7 +2927,7 @@ def test_a_whole_run_by_columns_notes_all_that_a_plan_can_need(monkeypatch, tmp_
     monkeypatch.setattr(bench, "STEP_TIMES", tmp_path / "times.json")
     bench.STEP_TIMES.write_text(json.dumps(known))
     config = hunyuan_chipmunk.CONFIGS["720p"]
-    seen, ran = {step.mode: 2.0 for step in make_plan(50, config.presets["columns"])}, []
+    seen, ran = {"dense model": 1.9} | {step.mode: 2.0 for step in make_plan(50, config.presets["columns"])}, []
     monkeypatch.setattr(bench, "real_model", lambda args: ("720p", config, CPU))
     monkeypatch.setattr(bench, "place", lambda *rest: None)
     monkeypatch.setattr(bench, "whole_table", lambda *given: ran.append(given[2]) or ("anew", seen))
@@ -2916,7 +2935,7 @@ def test_a_whole_run_by_columns_notes_all_that_a_plan_can_need(monkeypatch, tmp_
     assert len(make_plan(ran[0].steps, ran[0].presets["columns"])) == 20 and max(ran[0].presets["fast"].skip) < 20
     noted = json.loads(bench.STEP_TIMES.read_text())["hunyuan whole"]
     skip = known["hunyuan"]["eager"]["skip"]
-    assert noted["model"] == "anew" and noted["eager"] == {"dense model": 2.0, "skip": skip} | seen
+    assert noted["model"] == "anew" and noted["eager"] == {"skip": skip} | seen
     assert all(bench.run_seconds(50, preset, noted["eager"]) > 0 for preset in config.presets.values())
 
 
